@@ -1,0 +1,22 @@
+"""khnb: the small library behind the reproducible companion to a thesis on Krotov-Hopfield learning.
+
+Data flows one way, and a module imports only from modules above it in this list:
+
+======================  =====================================================================
+:mod:`khnb.settings`    every hyperparameter: one name, one range, one default
+:mod:`khnb.data`        images, integrity checks, the embedded sample
+:mod:`khnb.patches`     patches and their p-norms
+:mod:`khnb.layer`       the KH layer, forward (eqs. 4.2-4.4, 6.5)
+:mod:`khnb.learning`    the KH learning rule, schedules, f-score (eqs. 4.5-4.7, 6.1-6.4)
+:mod:`khnb.models`      the one architecture of fig. 6.1, LL and BP
+:mod:`khnb.training`    classifier heads on shared features; end-to-end BP
+:mod:`khnb.attacks`     FGSM, IFGSM, PGD; adversarial radius per image (eqs. 7.3-7.5)
+:mod:`khnb.robustness`  the logistic curve, its fitter, R with its error (eqs. 7.6-7.7)
+:mod:`khnb.results`     the store: one record per trained or attacked model
+:mod:`khnb.pipeline`    from settings to records: use what the store holds, compute the rest
+:mod:`khnb.plots`       the figures, drawn from records
+:mod:`khnb.widgets`     the interactive parts of the book
+======================  =====================================================================
+"""
+
+__version__ = "0.1.0"

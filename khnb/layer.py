@@ -1,0 +1,55 @@
+"""The Krotov-Hopfield convolution layer (eqs. 4.2-4.4, 6.5)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from khnb import patches
+
+
+def synapses(weight: Tensor, p: float) -> Tensor:
+    """sgn(W)|W|^(p-1): the inner product of eq. 4.3, <W_k, v>_k, is a plain product with these."""
+    return weight if p == 2 else weight.sign() * weight.abs().pow(p - 1)
+
+
+class KHConv2d(nn.Module):
+    """Activities of KH neurons on unit-p-norm patches.
+
+    Every w x w patch v of the image is scaled to unit p-norm and meets every filter W_k in the
+    inner product of eq. 4.3, h_k = sum_i sgn(W_ki) |W_ki|^(p-1) v_i. As h is linear in v, this
+    is a plain convolution divided by a map of patch norms: no patch is ever copied out.
+
+    Parameters
+    ----------
+    weight : (F, C, w, w) float tensor, F any number of filters (K^2 in the thesis).
+    p : order of the norm, at least 2.
+
+    Shapes: images (B, C, H, W), float in [0, 1] -> activities (B, F, H-w+1, W-w+1). An all-zero
+    patch gives 0, with gradient 0. The gradient with respect to the image goes through the normalisation.
+
+    Raises ``ValueError`` for a weight that is not (F, C, w, w), p < 2, or images that do not fit.
+    """
+
+    def __init__(self, weight: Tensor, p: float):
+        super().__init__()
+        if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (filters, channels, w, w)")
+        if not p >= 2:
+            raise ValueError(f"p={p} is not valid: the order of the norm must be at least 2")
+        self.p = float(p)
+        self.register_buffer("weight", weight.detach().clone())
+
+    @property
+    def w(self) -> int:
+        """Width of a filter, in pixels."""
+        return self.weight.shape[-1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        _, channels, w, _ = self.weight.shape
+        if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < w:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; expected (batch, {channels}, height >= {w}, width >= {w})"
+            )
+        return F.conv2d(images, synapses(self.weight, self.p)) / patches.norms(images, w, self.p)

@@ -1,0 +1,85 @@
+"""The one architecture of fig. 6.1, and the activation functions of section 2.4."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from khnb.layer import KHConv2d
+from khnb.settings import HeadSettings, check_geometry
+
+PRELU_SLOPE = 0.25  # the thesis gives no alpha for eq. 2.7; this is the start value of PyTorch's PReLU
+
+#: eqs. 2.4-2.10 by name; ELU with alpha = 1
+ACTIVATIONS = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "prelu": lambda x: F.leaky_relu(x, PRELU_SLOPE),
+    "elu": F.elu,
+    "gelu": F.gelu,
+    "rexp": lambda x: torch.expm1(x.clamp_min(0)),
+}
+
+
+def activate(x: Tensor, sigma: str, n: float) -> Tensor:
+    """sigma(x)^n, element by element (chapter 6). x : float tensor of any shape; dtype kept."""
+    y = ACTIVATIONS[sigma](x)
+    return y if n == 1 else y.pow(int(n) if n == int(n) else n)
+
+
+class Network(nn.Module):
+    """Convolution -> max-pooling -> sigma(.)^n -> flatten -> linear classifier (fig. 6.1).
+
+    ``conv`` is a :class:`~khnb.layer.KHConv2d` in an LL model and a plain ``Conv2d``, without patch normalisation, in its
+    BP twin. Images (B, C, H, W), float in [0, 1] -> logits (B, classes); softmax is left to the loss.
+    """
+
+    def __init__(self, conv: nn.Module, linear: nn.Linear, head: HeadSettings):
+        super().__init__()
+        self.conv, self.linear, self.head = conv, linear, head
+
+    def pool(self, images: Tensor) -> Tensor:
+        """Max-pooled activities, before the activation function: (B, F, P, P)."""
+        return F.max_pool2d(self.conv(images), self.head.w_pool, self.head.s_pool)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(activate(self.pool(images), self.head.sigma, self.head.n).flatten(1))
+
+
+def n_features(filters: int, side: int, w: int, head: HeadSettings) -> int:
+    """Number of inputs of the classifier for ``side`` x ``side`` images."""
+    out = check_geometry(side, w, head.w_pool)
+    return filters * ((out - head.w_pool) // head.s_pool + 1) ** 2
+
+
+def _linear(features: int, classes: int, generator: torch.Generator) -> nn.Linear:
+    """A classifier with bias; weights and bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), drawn from the seed alone."""
+    linear = nn.Linear(features, classes)
+    return _uniform(linear, features, generator)
+
+
+def _uniform(module, fan_in, generator):
+    with torch.no_grad():
+        for parameter in (module.weight, module.bias):
+            drawn = torch.rand(parameter.shape, generator=generator)
+            parameter.copy_((2 * drawn - 1) / fan_in**0.5)
+    return module
+
+
+def ll_network(weight: Tensor, p: float, head: HeadSettings, side: int, classes: int) -> Network:
+    """An LL model with the given filters (F, C, w, w) and an untrained classifier."""
+    generator = torch.Generator().manual_seed(head.seed)
+    features = n_features(len(weight), side, weight.shape[-1], head)
+    return Network(KHConv2d(weight, p), _linear(features, classes, generator), head)
+
+
+def bp_network(K: int, w: int, head: HeadSettings, channels: int, side: int, classes: int) -> Network:
+    """The untrained BP twin: K^2 filters of a plain convolution with bias.
+
+    The thesis's initialisation, U(-sqrt k, sqrt k), can only be meant with k = 1/fan_in; that is what is drawn.
+    """
+    generator = torch.Generator().manual_seed(head.seed)
+    conv = _uniform(nn.Conv2d(channels, K * K, w), channels * w * w, generator)
+    return Network(conv, _linear(n_features(K * K, side, w, head), classes, generator), head)

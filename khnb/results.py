@@ -1,0 +1,184 @@
+"""The store: one record per trained layer, trained model or attack, with where it came from.
+
+A record is a small JSON file, ``records/<kind>/<id>.json``; its arrays lie beside it in ``arrays/<id>.npz``. The id is a
+hash of what was asked (every hyperparameter, the seed, the data), so asking again finds the record and a changed
+hyperparameter never does. Both files are written to the side and moved into place, arrays first: a crash, a full
+disk or a second writer leaves whole records or none.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import warnings
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import khnb
+
+KINDS = ("layer", "model", "attack")
+COMPUTING = ("settings", "patches", "layer", "native", "learning", "models", "training", "attacks", "robustness")
+LIBRARIES = ("torch", "numpy", "scipy")
+
+
+def default_root() -> Path:
+    """``KHNB_RESULTS``, else ``results`` of the source tree khnb runs from, else ``results`` here."""
+    named = os.environ.get("KHNB_RESULTS")
+    beside = Path(khnb.__file__).parent.parent / "results"
+    return Path(named) if named else beside if beside.is_dir() else Path("results")
+
+
+def record_id(kind: str, asked: dict, data: dict) -> str:
+    """The id of a record: 16 hex digits of the SHA-256 of what was asked and of which data."""
+    text = json.dumps([kind, asked, data["train"], data["test"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def code_version() -> dict:
+    """Version, git commit, whether the tree differed from it, and a hash of the modules that compute."""
+    folder = Path(khnb.__file__).parent
+    digest = hashlib.sha256()
+    for name in COMPUTING:
+        digest.update((folder / f"{name}.py").read_bytes())
+    digest.update((folder / "kernels.c").read_bytes())
+
+    def git(*words):
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--", str(folder))
+    return dict(
+        version=khnb.__version__, commit=git("rev-parse", "HEAD"), dirty=None if status is None else bool(status),
+        source=digest.hexdigest()[:16],
+    )
+
+
+def provenance(device="cpu") -> dict:
+    """Code, library versions and hardware of this process."""
+    libraries = {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in LIBRARIES}
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    hardware = dict(device=device.type, name=name, threads=torch.get_num_threads(), system=platform.system())
+    return dict(code=code_version(), libraries=libraries, hardware=hardware)
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a file wholly or not at all. ``OSError`` names the place when it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def pack(arrays: dict) -> bytes:
+    """Named arrays as compressed npz bytes; object arrays (which would be pickled) are refused."""
+    plain = {name: np.asarray(value) for name, value in arrays.items()}
+    for name, value in plain.items():
+        if value.dtype.hasobject:
+            raise ValueError(f"array {name!r} holds Python objects; only numbers are stored")
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **plain)
+    return buffer.getvalue()
+
+
+class DamagedRecord(Warning):
+    """A record, or its arrays, that cannot be trusted; it is named and left out."""
+
+
+class Store:
+    """The records under one folder. Reading never fails on a damaged record: it warns (:class:`DamagedRecord`) and skips it."""
+
+    def __init__(self, root: Path | str | None = None):
+        self.root = Path(root) if root is not None else default_root()
+
+    def path(self, kind: str, id: str) -> Path:
+        """Where the record lies, or would."""
+        return self.root / "records" / kind / f"{id}.json"
+
+    def put(self, kind: str, asked: dict, data, results: dict, arrays: dict, wall_s: float, device="cpu", **more) -> dict:
+        """Write one record and return it.
+
+        ``asked`` holds every hyperparameter, ``data`` is a :class:`khnb.data.Dataset`, ``results`` plain numbers,
+        ``arrays`` name -> array, ``wall_s`` seconds. ``more`` goes into the record as it is.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r} is not valid: one of {', '.join(KINDS)}")
+        id, content = record_id(kind, asked, data.sha256), pack(arrays)
+        record = dict(
+            id=id, kind=kind, asked=asked, data=dict(name=data.name, **data.sha256), **provenance(device),
+            started=datetime.now(timezone.utc).isoformat(timespec="seconds"), wall_s=round(wall_s, 1),
+            command=" ".join(sys.argv[:1]), results=results, **more,
+            arrays=dict(names=sorted(arrays), sha256=hashlib.sha256(content).hexdigest()),
+        )
+        text = json.dumps(record, indent=1, allow_nan=True)
+        atomic_write(self.root / "arrays" / f"{id}.npz", content)
+        atomic_write(self.path(kind, id), text.encode())
+        return record
+
+    def _read(self, path: Path) -> dict | None:
+        try:
+            record = json.loads(path.read_bytes())
+            whole = record["id"] == path.stem and record["kind"] == path.parent.name
+            if not whole or record["id"] != record_id(record["kind"], record["asked"], record["data"]):
+                raise ValueError("its id does not match what it says was asked")
+            if not isinstance(record["results"], dict) or not isinstance(record["arrays"]["sha256"], str):
+                raise ValueError("its results are missing")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            warnings.warn(f"record {path} is damaged ({error}) and left out; delete it to compute it again", DamagedRecord)
+            return None
+        return record
+
+    def get(self, kind: str, asked: dict, data) -> dict | None:
+        """The record of exactly this, or ``None``."""
+        path = self.path(kind, record_id(kind, asked, data.sha256))
+        return self._read(path) if path.exists() else None
+
+    def find(self, kind: str, **asked) -> list[dict]:
+        """All records of a kind whose hyperparameters equal those named: full data first, then by seed."""
+        found = (self._read(path) for path in sorted((self.root / "records" / kind).glob("*.json")))
+        match = [r for r in found if r and all(r["asked"].get(k, _MISSING) == v for k, v in asked.items())]
+        return sorted(match, key=lambda r: (r["data"]["name"] != "cifar10", r["asked"].get("seed", 0), r["id"]))
+
+    def arrays(self, record: dict) -> dict[str, np.ndarray]:
+        """The arrays of a record. ``ValueError`` naming the file where they are missing or not what was stored."""
+        path = self.root / "arrays" / f"{record['id']}.npz"
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"arrays {path} of {record['kind']} record {record['id']} cannot be read: {error}") from error
+        if hashlib.sha256(content).hexdigest() != record["arrays"]["sha256"]:
+            raise ValueError(f"arrays {path} are not those of the record; delete the record to compute it again")
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+
+
+_MISSING = object()

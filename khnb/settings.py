@@ -1,0 +1,206 @@
+"""Every hyperparameter under one name, with its range, its default and its meaning.
+
+The names are the thesis's symbols (table 6.1). A notebook, a sweep and a record all use
+these names and no others, so a misspelt or out-of-range value is caught in one place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, field, fields
+
+SCHEDULERS = ("constant", "linear", "exponential", "cosine", "step")
+ACTIVATIONS = ("sigmoid", "tanh", "relu", "prelu", "elu", "gelu", "rexp")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One hyperparameter.
+
+    ``kind`` is ``int``, ``float`` or a tuple of allowed words; ``low`` and ``high`` are the
+    closed bounds of a number.
+    """
+
+    kind: object
+    default: object
+    meaning: str
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def range(self) -> str:
+        """The valid values, in words."""
+        if isinstance(self.kind, tuple):
+            return "one of " + ", ".join(self.kind)
+        word = {int: "whole number", float: "number"}[self.kind]
+        if math.isinf(self.high):
+            return word if math.isinf(self.low) else f"{word} >= {self.low:g}"
+        return f"{word} from {self.low:g} to {self.high:g}"
+
+    def clean(self, name, value):
+        """The value in its own type; ``ValueError`` says what is wrong and what is valid."""
+        complaint = ValueError(f"{name}={value!r} is not valid: {name} ({self.meaning}) must be {self.range}")
+        if isinstance(self.kind, tuple):
+            word = value.lower() if isinstance(value, str) else value
+            if word not in self.kind:
+                raise complaint
+            return word
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise complaint
+        if self.kind is int and value != int(value):
+            raise complaint
+        value = self.kind(value)
+        if not self.low <= value <= self.high:
+            raise complaint
+        return value
+
+
+PARAMETERS: dict[str, Parameter] = {
+    # convolution (chapter 4, table 6.1)
+    "K": Parameter(int, 10, "side of the square grid of filters: K^2 filters", 2, 100),
+    "w": Parameter(int, 4, "width of a filter, in pixels", 1, 32),
+    "m": Parameter(int, 3, "rank of the inhibited neuron, from 2 to K^2", 2),
+    "p": Parameter(float, 2.0, "order of the Lebesgue norm", 2.0, 100.0),
+    "delta": Parameter(float, 0.1, "anti-Hebbian strength", 0.0),
+    "conv_eta0": Parameter(float, 1e-3, "initial learning rate of the convolution", 0.0),
+    "conv_scheduler": Parameter(SCHEDULERS, "cosine", "learning-rate schedule of the convolution"),
+    "conv_epochs": Parameter(int, 30, "passes over all patches", 1),
+    "conv_batch": Parameter(int, 1000, "patches an update", 1),
+    "init_mean": Parameter(float, 0.0, "mean of the initial filters"),
+    "init_std": Parameter(float, 1.0, "standard deviation of the initial filters", 0.0),
+    # head (chapter 6)
+    "sigma": Parameter(ACTIVATIONS, "gelu", "activation function"),
+    "n": Parameter(float, 4.0, "power of the activation", 1.0),
+    "w_pool": Parameter(int, 5, "width of the max-pooling window", 1, 32),
+    "s_pool": Parameter(int, 2, "stride of the max-pooling", 1, 31),
+    "head_eta0": Parameter(float, 2e-3, "initial learning rate of the classifier", 0.0),
+    "head_scheduler": Parameter(SCHEDULERS, "cosine", "learning-rate schedule of the classifier"),
+    "head_epochs": Parameter(int, 100, "passes over all images", 1),
+    "head_batch": Parameter(int, 1000, "images an update", 1),
+    # schedules 6.2 and 6.4
+    "tau": Parameter(float, 2.5, "decay rate of the exponential schedule (eq. 6.2)", 0.0),
+    "gamma": Parameter(float, 0.5, "factor of the step schedule (eq. 6.4)", 0.0, 1.0),
+    "s_step": Parameter(int, 10, "epochs between two steps of the step schedule (eq. 6.4)", 1),
+    # every random choice
+    "seed": Parameter(int, 0, "seed of every random choice", 0, 2**63 - 1),
+    # attack and fit (chapter 7)
+    "confidence": Parameter(float, 0.8, "least confidence of an attacked image", 0.0, 1.0),
+    "step": Parameter(float, 5e-4, "step of PGD, in units of the [0, 1] pixel range", 1e-9, 1.0),
+    "radius": Parameter(float, 0.14, "radius of PGD's l-infinity ball (the thesis's S)", 1e-9, 1.0),
+    "max_steps": Parameter(int, 300, "largest number of PGD steps", 1),
+    "eps_max": Parameter(float, 1.0, "largest FGSM strength tried", 1e-9, 1.0),
+}
+
+
+def check(given: dict, allowed=None) -> dict:
+    """Validate named hyperparameters.
+
+    Parameters
+    ----------
+    given : name -> value.
+    allowed : the names that make sense here; all of :data:`PARAMETERS` by default.
+
+    Returns the values in their own types. Raises ``ValueError`` naming the first wrong name
+    or value, and what is valid instead.
+    """
+    names = list(PARAMETERS if allowed is None else allowed)
+    clean = {}
+    for name, value in given.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown parameter {name!r}{hint} Valid parameters: {', '.join(names)}")
+        clean[name] = PARAMETERS[name].clean(name, value)
+    return clean
+
+
+def _default(name):
+    return field(default=PARAMETERS[name].default)
+
+
+class _Settings:
+    """What the settings below share: each value is checked, a dictionary comes out."""
+
+    def __post_init__(self):
+        for name, value in check({f.name: getattr(self, f.name) for f in fields(self)}).items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The parameters of this kind of settings."""
+        return tuple(f.name for f in fields(cls))
+
+    @classmethod
+    def of(cls, values: dict):
+        """These settings out of a dictionary that may hold others as well."""
+        return cls(**{k: v for k, v in values.items() if k in cls.names()})
+
+    def dict(self) -> dict:
+        """Name -> value, as stored in a record."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ConvSettings(_Settings):
+    """The KH convolution layer and its unsupervised training (chapter 4; table 6.1)."""
+
+    K: int = _default("K")
+    w: int = _default("w")
+    m: int = _default("m")
+    p: float = _default("p")
+    delta: float = _default("delta")
+    conv_eta0: float = _default("conv_eta0")
+    conv_scheduler: str = _default("conv_scheduler")
+    conv_epochs: int = _default("conv_epochs")
+    conv_batch: int = _default("conv_batch")
+    init_mean: float = _default("init_mean")
+    init_std: float = _default("init_std")
+    tau: float = _default("tau")
+    gamma: float = _default("gamma")
+    s_step: int = _default("s_step")
+    seed: int = _default("seed")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.m > self.K**2:
+            raise ValueError(f"m={self.m} is not valid: rank m must be from 2 to K^2 = {self.K**2}")
+
+
+@dataclass(frozen=True)
+class HeadSettings(_Settings):
+    """Pooling, activation and classifier, and their supervised training (chapter 6)."""
+
+    sigma: str = _default("sigma")
+    n: float = _default("n")
+    w_pool: int = _default("w_pool")
+    s_pool: int = _default("s_pool")
+    head_eta0: float = _default("head_eta0")
+    head_scheduler: str = _default("head_scheduler")
+    head_epochs: int = _default("head_epochs")
+    head_batch: int = _default("head_batch")
+    tau: float = _default("tau")
+    gamma: float = _default("gamma")
+    s_step: int = _default("s_step")
+    seed: int = _default("seed")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.w_pool == 1:  # the thesis pools with stride 2, but takes stride 1 where nothing is pooled
+            object.__setattr__(self, "s_pool", 1)
+        if self.n != int(self.n) and self.sigma not in ("sigmoid", "relu", "rexp"):
+            raise ValueError(f"n={self.n} is not valid with sigma={self.sigma}: negative activities need a whole power")
+
+
+def check_geometry(side: int, w: int, w_pool: int) -> int:
+    """Side of the activity map of a ``side`` x ``side`` image; ``ValueError`` where nothing is left.
+
+    The number of patches is the square of the result (eq. 6.5 with stride 1, no padding).
+    """
+    out = side - w + 1
+    if out < 1:
+        raise ValueError(f"w={w} is not valid: a filter must fit into the {side} x {side} image")
+    if w_pool > out:
+        raise ValueError(f"w_pool={w_pool} is not valid: the map after w={w} is only {out} x {out}")
+    return out
