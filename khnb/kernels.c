@@ -1,5 +1,6 @@
-/* The two steps of the KH rule that plain tensor operations do slowly on a CPU: gathering unit-norm patches
-   at random places, and finding the winner and the m-th most active neuron of every patch. */
+/* What plain tensor operations do slowly on a CPU. Of the KH rule: gathering unit-norm patches at random places, and
+   finding the winner and the m-th most active neuron of every patch. Of the BP twin: convolution and max-pooling in
+   one pass over the image, and their gradient, which only the places that won the pooling have. */
 #include <math.h>
 #include <stdint.h>
 
@@ -77,4 +78,116 @@ int khnb_rank(const float *h, int64_t neurons, int64_t patches, int m, int64_t *
         CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
         default: return 1;
     }
+}
+
+typedef float v8 __attribute__((vector_size(32), aligned(4)));
+typedef int32_t v8i __attribute__((vector_size(32), aligned(4)));
+typedef float v4 __attribute__((vector_size(16), aligned(4)));
+#define ACROSS 6 /* positions computed together */
+
+/* One row of the convolution: row[x][f] for all x. weight is (D, filters), filters a multiple of 16. */
+static void conv_row(const float *image, const int32_t *offset, int64_t D, const float *weight, const float *bias,
+                     int64_t filters, int64_t out, float *row)
+{
+    for (int64_t f = 0; f < filters; f += 16)
+        for (int64_t x = 0; x < out; x += ACROSS) {
+            if (x + ACROSS > out) x = out - ACROSS; /* the last block overlaps: the same values again */
+            v8 sum[ACROSS][2];
+            for (int i = 0; i < ACROSS; i++) {
+                sum[i][0] = *(const v8 *)(bias + f);
+                sum[i][1] = *(const v8 *)(bias + f + 8);
+            }
+            for (int64_t d = 0; d < D; d++) {
+                v8 a = *(const v8 *)(weight + d * filters + f), b = *(const v8 *)(weight + d * filters + f + 8);
+                const float *at = image + offset[d] + x;
+                for (int i = 0; i < ACROSS; i++) { sum[i][0] += a * at[i]; sum[i][1] += b * at[i]; }
+            }
+            for (int i = 0; i < ACROSS; i++) {
+                *(v8 *)(row + (x + i) * filters + f) = sum[i][0];
+                *(v8 *)(row + (x + i) * filters + f + 8) = sum[i][1];
+            }
+        }
+}
+
+/* Of q values, step apart, the largest and its place, for 8 filters side by side. Places are given (at, step apart) or
+   counted up from first. An equal, later value does not count, as in the usual max-pooling. */
+static inline __attribute__((always_inline)) void
+largest(const float *value, const int32_t *at, int32_t first, int64_t step, int64_t q, float *top, int32_t *top_at)
+{
+    v8 best = *(const v8 *)value;
+    v8i where = at ? *(const v8i *)at : (v8i){0} + first;
+    for (int64_t j = 1; j < q; j++) {
+        v8 next = *(const v8 *)(value + j * step);
+        v8i here = at ? *(const v8i *)(at + j * step) : (v8i){0} + (first + (int32_t)j);
+        v8i more = next > best; /* all bits set where true */
+        best = (v8)(((v8i)next & more) | ((v8i)best & ~more));
+        where = (here & more) | (where & ~more);
+    }
+    *(v8 *)top = best;
+    *(v8i *)top_at = where;
+}
+
+/* Convolution with bias, then max-pooling (window q, stride s): images (count, C, H, W) -> out (count, total, P, P), and
+   the place that won, y * W + x, in where; both point at the first of the F filters done here, weight is (D, filters),
+   filters >= F a multiple of 16. Side of the convolution at least 6. scratch: see khnb/native.py. */
+void khnb_conv_pool(const float *images, int64_t count, int64_t C, int64_t H, int64_t W, int64_t w, const float *weight,
+                    const float *bias, int64_t filters, int64_t F, int64_t total, int64_t q, int64_t s, float *scratch,
+                    float *out, int32_t *where)
+{
+    int64_t side = H - w + 1, across = W - w + 1, P = (side - q) / s + 1, X = (across - q) / s + 1, D = C * w * w;
+    float *row = scratch, *best = row + across * filters;
+    int32_t *at = (int32_t *)(best + side * X * filters), *offset = at + side * X * filters;
+    for (int64_t c = 0, d = 0; c < C; c++)
+        for (int64_t r = 0; r < w; r++)
+            for (int64_t j = 0; j < w; j++) offset[d++] = (int32_t)((c * H + r) * W + j);
+    for (int64_t n = 0; n < count; n++, images += C * H * W, out += total * P * X, where += total * P * X) {
+        for (int64_t y = 0; y < side; y++) {
+            conv_row(images + y * W, offset, D, weight, bias, filters, across, row);
+            for (int64_t x = 0; x < X; x++)
+                for (int64_t f = 0; f < filters; f += 8)
+                    largest(row + x * s * filters + f, 0, (int32_t)(y * W + x * s), filters, q,
+                            best + (y * X + x) * filters + f, at + (y * X + x) * filters + f);
+        }
+        for (int64_t f = 0; f < F; f += 8)
+            for (int64_t y = 0; y < P; y++)
+                for (int64_t x = 0; x < X; x++) {
+                    int64_t from = (y * s * X + x) * filters + f;
+                    float top[8];
+                    int32_t top_at[8];
+                    largest(best + from, at + from, 0, X * filters, q, top, top_at);
+                    for (int64_t l = 0; l < 8 && f + l < F; l++) {
+                        out[((f + l) * P + y) * X + x] = top[l];
+                        where[((f + l) * P + y) * X + x] = top_at[l];
+                    }
+                }
+    }
+}
+
+/* The gradient of the filters (F, C, w, w) and of the bias, added to dweight and dbias: grad and where are (count, F, Q). */
+void khnb_conv_pool_back(const float *images, int64_t count, int64_t C, int64_t H, int64_t W, int64_t w,
+                         const float *grad, const int32_t *where, int64_t F, int64_t Q, float *dweight, float *dbias)
+{
+    int64_t D = C * w * w;
+    for (int64_t n = 0; n < count; n++, images += C * H * W)
+        for (int64_t f = 0; f < F; f++, grad += Q, where += Q) {
+            float *to = dweight + f * D;
+            float total = 0;
+            for (int64_t k = 0; k < Q; k++) total += grad[k];
+            dbias[f] += total;
+            if (w == 4 && C == 3) { /* the usual case, kept in registers */
+                v4 sum[12];
+                for (int i = 0; i < 12; i++) sum[i] = *(v4 *)(to + 4 * i);
+                for (int64_t k = 0; k < Q; k++) {
+                    const float *from = images + where[k];
+                    for (int i = 0; i < 12; i++) sum[i] += *(const v4 *)(from + (i / 4 * H + i % 4) * W) * grad[k];
+                }
+                for (int i = 0; i < 12; i++) *(v4 *)(to + 4 * i) = sum[i];
+                continue;
+            }
+            for (int64_t k = 0; k < Q; k++)
+                for (int64_t c = 0; c < C; c++)
+                    for (int64_t r = 0; r < w; r++)
+                        for (int64_t j = 0; j < w; j++)
+                            to[(c * w + r) * w + j] += grad[k] * images[where[k] + (c * H + r) * W + j];
+        }
 }

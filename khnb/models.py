@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from khnb import native
 from khnb.layer import KHConv2d
 from khnb.settings import HeadSettings, check_geometry
 
@@ -23,10 +24,35 @@ ACTIVATIONS = {
 }
 
 
+def _whole_power(x: Tensor, n: int) -> Tensor:
+    """x^n by repeated squaring: several times faster than the library's power."""
+    result = None
+    while n:
+        if n & 1:
+            result = x if result is None else result * x
+        n >>= 1
+        x = x * x if n else x
+    return torch.ones_like(x) if result is None else result
+
+
+class _Power(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, n):
+        ctx.save_for_backward(x)
+        ctx.n = n
+        return _whole_power(x, n)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _whole_power(ctx.saved_tensors[0], ctx.n - 1) * ctx.n * grad, None
+
+
 def activate(x: Tensor, sigma: str, n: float) -> Tensor:
     """sigma(x)^n, element by element (chapter 6). x : float tensor of any shape; dtype kept."""
     y = ACTIVATIONS[sigma](x)
-    return y if n == 1 else y.pow(int(n) if n == int(n) else n)
+    if n == 1:
+        return y
+    return _Power.apply(y, int(n)) if n == int(n) else y.pow(n)
 
 
 class Network(nn.Module):
@@ -42,6 +68,10 @@ class Network(nn.Module):
 
     def pool(self, images: Tensor) -> Tensor:
         """Max-pooled activities, before the activation function: (B, F, P, P)."""
+        if self.training and type(self.conv) is nn.Conv2d:
+            pooled = native.conv_pool(images, self.conv.weight, self.conv.bias, self.head.w_pool, self.head.s_pool)
+            if pooled is not None:
+                return pooled
         return F.max_pool2d(self.conv(images), self.head.w_pool, self.head.s_pool)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -17,10 +17,18 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
+def part_size(model: Network, images: Tensor) -> int:
+    """How many images to take at a time: on a CPU, as many as have activities of 16 MiB (fresh memory is slow), else 1000."""
+    if model.linear.weight.device.type != "cpu":
+        return 1000
+    maps = len(model.conv.weight) * images.shape[-1] * images.shape[-2]
+    return max(1, 2**22 // (maps if images.ndim == 4 else images.shape[-1]))
+
+
 @torch.no_grad()
-def features(model: Network, images: Tensor, dtype: torch.dtype = torch.float32, batch: int = 250) -> Tensor:
+def features(model: Network, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """What the classifier sees of every image, sigma(pooled)^n: (N, features) in ``dtype``, on the model's device."""
-    device = model.linear.weight.device
+    device, batch = model.linear.weight.device, part_size(model, images)
     out = torch.empty((len(images), model.linear.in_features), dtype=dtype, device=device)
     for i in range(0, len(images), batch):
         pooled = model.pool(to_float(images[i : i + batch].to(device)))
@@ -29,10 +37,11 @@ def features(model: Network, images: Tensor, dtype: torch.dtype = torch.float32,
 
 
 @torch.no_grad()
-def predict(model: Network, images: Tensor, batch: int = 250) -> Tensor:
+def predict(model: Network, images: Tensor) -> Tensor:
     """Logits of every image, (N, classes) float32 on the CPU."""
-    device = next(model.parameters()).device
-    return torch.cat([model(to_float(part.to(device))).float().cpu() for part in images.split(batch)])
+    device = model.linear.weight.device
+    parts = images.split(part_size(model, images))
+    return torch.cat([model(to_float(part.to(device))).float().cpu() for part in parts])
 
 
 def accuracy(model: Network, images: Tensor, labels: Tensor) -> float:
@@ -63,8 +72,7 @@ def train(model: Network, inputs: Tensor, labels: Tensor, state: dict | None = N
         module.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         history = list(state["history"])
-    labels = labels.to(device)
-    module.to(memory_format=torch.channels_last)  # max-pooling forward is several times faster so on a CPU
+    labels, size = labels.to(device), part_size(model, inputs)
     for epoch in range(len(history), head.head_epochs):
         started = time.perf_counter()
         eta = schedule(head.head_scheduler, head.head_eta0, epoch, head.head_epochs, head.tau, head.gamma, head.s_step)
@@ -74,15 +82,16 @@ def train(model: Network, inputs: Tensor, labels: Tensor, state: dict | None = N
         order = torch.randperm(len(inputs), generator=generator)
         total, right = torch.zeros(2, device=device)
         for index in order.split(head.head_batch):
-            x = inputs.index_select(0, index.to(inputs.device)).to(device)
-            y = labels[index.to(device)]
-            logits = module(x.float() if x.ndim == 2 else to_float(x).contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits, y)
             optimizer.zero_grad()
-            loss.backward()
+            for part in index.split(size):  # the gradient of a minibatch, summed over parts that fit the cache
+                x = inputs.index_select(0, part.to(inputs.device)).to(device)
+                y = labels[part.to(device)]
+                logits = module(x.float() if x.ndim == 2 else to_float(x))
+                loss = F.cross_entropy(logits, y, reduction="sum")
+                (loss / len(index)).backward()
+                total += loss.detach()
+                right += (logits.detach().argmax(1) == y).sum()
             optimizer.step()
-            total += loss.detach() * len(y)
-            right += (logits.detach().argmax(1) == y).sum()
         mean = total.item() / len(inputs)
         if mean != mean or mean == float("inf"):
             raise FloatingPointError(f"the loss stopped being finite in epoch {epoch + 1}: lower head_eta0={head.head_eta0}")
