@@ -1,4 +1,7 @@
-"""From settings to records: what the store holds is used, what it lacks is computed, checkpointed and stored."""
+"""From settings to records: what the store holds is used, what it lacks is computed, checkpointed and stored.
+
+``python -m khnb.pipeline '{"K": 20, "bp": "train"}'`` does it at a terminal.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,19 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from khnb import attacks, learning, models, robustness, training
+from khnb import data as datasets
+from khnb.data import Dataset
 from khnb.native import cache_dir
 from khnb.results import Store, atomic_write, record_id
-from khnb.settings import ConvSettings, HeadSettings, check_geometry
+from khnb.settings import DTYPES, PARAMETERS, ConvSettings, HeadSettings, check, check_geometry
 
 SNAPSHOTS = (0, 1, 2, 4, 8, 15, 30)
 
@@ -33,11 +40,14 @@ def pick_device(device: str = "auto") -> torch.device:
     return chosen
 
 
-def progress(total: int, what: str, done: int = 0):
-    """A progress bar; silent under CI, papermill and wherever nobody watches (``KHNB_PROGRESS=1`` or ``0`` overrules)."""
-    wish = os.environ.get("KHNB_PROGRESS")
-    watched = sys.stderr.isatty() and "CI" not in os.environ
-    return tqdm(total=total, initial=done, desc=what, unit="epoch", disable=not watched if wish is None else wish == "0")
+def progress(total: int, what: str, unit: str, done: int = 0):
+    """A progress bar where somebody watches: at a terminal or in a live notebook, not under papermill, CI or a book build.
+
+    ``KHNB_PROGRESS=1`` or ``0`` overrules.
+    """
+    wish, live = os.environ.get("KHNB_PROGRESS"), ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG")
+    watched = "CI" not in os.environ and (sys.stderr.isatty() or any(name in os.environ for name in live))
+    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=not watched if wish is None else wish == "0")
 
 
 class Checkpoint:
@@ -69,29 +79,53 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
-def find_or_none(store: Store, kind: str, asked: dict, data) -> dict | None:
-    """The record asked for: on this very data, else on the full CIFAR-10 (the committed evidence)."""
-    exact = store.get(kind, asked, data)
-    if exact:
-        return exact
-    found = [r for r in store.find(kind, **asked) if r["data"]["name"] == "cifar10"]
-    return found[0] if found and data.name.startswith("cifar10") else None
+@dataclass
+class Run:
+    """What a computation works with: images, store, device, and whom to tell what it does.
 
+    ``evidence``: where the images are not the full CIFAR-10, a record made on the full set is taken as well.
+    """
 
-def conv_layer(data, conv: ConvSettings, store: Store | None = None, device: str = "auto", note=print) -> dict:
-    """Record of the KH layer with these settings: the store's, or trained now on ``data`` and stored."""
-    store = store or Store()
-    record = find_or_none(store, "layer", conv.dict(), data)
-    if record:
-        note(f"KH layer {record['id']}: from the store ({record['data']['name']}, {record['started'][:10]}).")
+    data: Dataset
+    store: Store = field(default_factory=Store)
+    device: str = "auto"
+    note: Callable[[str], None] = print
+    evidence: bool = False
+
+    @classmethod
+    def of(cls, parameters: dict, **more) -> Run:
+        """The run a notebook's parameters ask for (``data``, ``device``)."""
+        return cls(datasets.load(parameters["data"]), device=parameters["device"], evidence=parameters["data"] == "auto", **more)
+
+    def find(self, kind: str, asked: dict, what: str) -> dict | None:
+        """The record of exactly this, if there is one."""
+        record = self.store.get(kind, asked, self.data)
+        if record is None and self.evidence:
+            record = next((r for r in self.store.find(kind, **asked) if r["data"]["name"] == "cifar10"), None)
+        if record:
+            origin = {"cifar10": "full CIFAR-10"}.get(record["data"]["name"], record["data"]["name"])
+            self.note(f"{what}: record {record['id']} from the store, computed on {origin}, {record['started'][:10]}.")
         return record
-    device = pick_device(device)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, side and number of classes of the images."""
+        return self.data.train_images.shape[1], self.data.train_images.shape[-1], len(self.data.classes)
+
+
+def conv_layer(run: Run, conv: ConvSettings) -> dict:
+    """Record of the KH layer with these settings: the store's, or trained now on the run's images and stored."""
+    record = run.find("layer", conv.dict(), "KH layer")
+    if record:
+        return record
+    device, data = pick_device(run.device), run.data
     checkpoint = Checkpoint(record_id("layer", conv.dict(), data.sha256))
     state, layer = checkpoint.load(), None
     if state:
         layer = learning.Layer(conv, state["weight"], state["history"], state["wins"], state["snapshots"])
-    note(f"KH layer: training on {len(data.train_images)} images of {data.name}, epoch {len(layer.history) if layer else 0} on.")
-    with progress(conv.conv_epochs, "KH layer", len(layer.history) if layer else 0) as bar:
+    done = len(layer.history) if layer else 0
+    run.note(f"KH layer: training on {len(data.train_images)} images of {data.name}, epoch {done + 1} to {conv.conv_epochs}.")
+    with progress(conv.conv_epochs, "KH layer", "epoch", done) as bar:
 
         def after_epoch(layer):
             bar.update()
@@ -100,7 +134,7 @@ def conv_layer(data, conv: ConvSettings, store: Store | None = None, device: str
 
         layer = learning.train_layer(data.train_images, conv, device, layer, SNAPSHOTS, after_epoch)
     snapshots = sorted(layer.snapshots)
-    record = store.put(
+    record = run.store.put(
         "layer", conv.dict(), data,
         results=dict(
             f_score=learning.f_score(layer.weight, conv.p), f_score_1e4=learning.f_score(layer.weight, conv.p, 1e-4),
@@ -117,12 +151,13 @@ def conv_layer(data, conv: ConvSettings, store: Store | None = None, device: str
     return record
 
 
-def _train(store, asked, data, model, inputs, started, device, note, what, **more):
+def _train(run: Run, asked: dict, model: models.Network, inputs, started: float, what: str, **more) -> dict:
+    data = run.data
     checkpoint = Checkpoint(record_id("model", asked, data.sha256))
     state = checkpoint.load()
-    done = len(state["history"]) if state else 0
-    note(f"{what}: training on {len(inputs)} images of {data.name}, epoch {done} on.")
-    with progress(model.head.head_epochs, what, done) as bar:
+    done, epochs = len(state["history"]) if state else 0, model.head.head_epochs
+    run.note(f"{what}: training on {len(inputs)} images of {data.name}, epoch {done + 1} to {epochs}.")
+    with progress(epochs, what, "epoch", done) as bar:
 
         def after_epoch(state):
             bar.update()
@@ -130,66 +165,65 @@ def _train(store, asked, data, model, inputs, started, device, note, what, **mor
             checkpoint.save(state)
 
         history = training.train(model, inputs, data.train_labels, state, after_epoch)
-    model.eval()
-    logits = training.predict(model, data.test_images)
-    top, guess = logits.softmax(1).max(1)
+    device = model.linear.weight.device
+    top, guess = training.predict(model.eval(), data.test_images).softmax(1).max(1)
     right = guess == data.test_labels
-    weights = {name.replace(".", "_"): value.numpy() for name, value in model.cpu().state_dict().items()}
-    record = store.put(
+    record = run.store.put(
         "model", asked, data,
         results=dict(
             test_accuracy=right.double().mean().item(), test_images=len(right),
             confident_and_correct=int((right & (top >= 0.8)).sum()), history=history,
         ),
-        arrays=weights, wall_s=time.perf_counter() - started + sum(row["seconds"] for row in history[:done]),
-        device=device, **more,
+        arrays={name.replace(".", "_"): value.cpu().numpy() for name, value in model.state_dict().items()},
+        wall_s=time.perf_counter() - started + sum(row["seconds"] for row in history[:done]), device=device, **more,
     )
     checkpoint.clear()
     return record
 
 
-def _shape(data) -> tuple[int, int, int]:
-    return data.train_images.shape[1], data.train_images.shape[-1], len(data.classes)
-
-
-def ll_model(
-    data, conv: ConvSettings, head: HeadSettings, store: Store | None = None, device: str = "auto", note=print,
-    feature_dtype: str = "float32",
-) -> dict:
+def ll_model(run: Run, conv: ConvSettings, head: HeadSettings, feature_dtype: str = "float32") -> dict:
     """Record of the LL model with these settings; layer and head are trained where the store lacks them.
 
-    The head's seed is the layer's. ``feature_dtype`` is how the features are kept while the head trains:
-    ``bfloat16`` halves their memory.
+    Layer and head share their seed. ``feature_dtype`` is how features are kept while a head trains (``bfloat16`` halves
+    their memory); a stored model is taken with either.
     """
-    store = store or Store()
-    check_geometry(data.train_images.shape[-1], conv.w, head.w_pool)
-    asked = dict(model="LL", **conv.dict(), **head.dict(), feature_dtype=feature_dtype)
-    for dtype in dict.fromkeys([feature_dtype, "float32", "bfloat16"]):
-        record = find_or_none(store, "model", asked | dict(feature_dtype=dtype), data)
+    check_geometry(run.shape[1], conv.w, head.w_pool)
+    asked = dict(model="LL") | conv.dict() | head.dict()
+    for dtype in dict.fromkeys([feature_dtype, *DTYPES]):
+        record = run.find("model", asked | dict(feature_dtype=dtype), "LL model")
         if record:
-            note(f"LL model {record['id']}: from the store ({record['data']['name']}, {record['started'][:10]}).")
             return record
-    layer = conv_layer(data, conv, store, device, note)
-    started, device = time.perf_counter(), pick_device(device)
-    channels, side, classes = _shape(data)
-    model = models.ll_network(torch.from_numpy(store.arrays(layer)["weight"]), conv.p, head, side, classes).to(device).eval()
-    inputs = training.features(model, data.train_images, getattr(torch, feature_dtype))
-    return _train(store, asked, data, model, inputs, started, device, note, "LL head", layer=layer["id"])
+    layer = conv_layer(run, conv)
+    started = time.perf_counter()
+    model = models.ll_network(torch.from_numpy(run.store.arrays(layer)["weight"]), conv.p, head, *run.shape[1:])
+    model = model.to(pick_device(run.device)).eval()
+    inputs = training.features(model, run.data.train_images, getattr(torch, feature_dtype))
+    return _train(run, asked | dict(feature_dtype=feature_dtype), model, inputs, started, "LL head", layer=layer["id"])
 
 
-def bp_model(data, K: int, w: int, head: HeadSettings, store: Store | None = None, device: str = "auto", note=print) -> dict:
-    """Record of the BP model with these settings, trained end to end where the store lacks it."""
-    store = store or Store()
-    check_geometry(data.train_images.shape[-1], w, head.w_pool)
+def bp_model(run: Run, K: int, w: int, head: HeadSettings, train: bool = True) -> dict | None:
+    """Record of the BP model with these settings: the store's, else trained end to end, else (``train=False``) ``None``."""
+    check_geometry(run.shape[1], w, head.w_pool)
     asked = dict(model="BP", K=K, w=w, **head.dict())
-    record = find_or_none(store, "model", asked, data)
-    if record:
-        note(f"BP model {record['id']}: from the store ({record['data']['name']}, {record['started'][:10]}).")
+    record = run.find("model", asked, "BP model")
+    if record or not train:
         return record
-    started, device = time.perf_counter(), pick_device(device)
-    channels, side, classes = _shape(data)
-    model = models.bp_network(K, w, head, channels, side, classes).to(device)
-    return _train(store, asked, data, model, data.train_images, started, device, note, "BP model")
+    started = time.perf_counter()
+    model = models.bp_network(K, w, head, *run.shape).to(pick_device(run.device))
+    return _train(run, asked, model, run.data.train_images, started, "BP model")
+
+
+def models_of(run: Run, parameters: dict) -> dict[str, dict]:
+    """The records a notebook's parameters ask for: ``LL``, and ``BP`` as the parameter ``bp`` says."""
+    found = dict(LL=ll_model(run, ConvSettings.of(parameters), HeadSettings.of(parameters), parameters["feature_dtype"]))
+    if parameters["bp"] != "none":
+        head = HeadSettings.of(parameters | dict(sigma=parameters["bp_sigma"], head_epochs=parameters["bp_epochs"]))
+        twin = bp_model(run, parameters["K"], parameters["w"], head, train=parameters["bp"] == "train")
+        if twin:
+            found["BP"] = twin
+        else:
+            run.note("BP model: the store has none for these parameters; -p bp train trains it.")
+    return found
 
 
 def network(record: dict, store: Store | None = None, side: int = 32) -> models.Network:
@@ -206,55 +240,45 @@ def network(record: dict, store: Store | None = None, side: int = 32) -> models.
     return model.eval()
 
 
-def fgsm_attack(model_record: dict, data, confidence: float = 0.8, store: Store | None = None, device: str = "auto", note=print) -> dict:
+def fgsm_attack(run: Run, model_record: dict, confidence: float = 0.8) -> dict:
     """Record of FGSM radii (eq. 7.3) and their fit (eqs. 7.6-7.7) for every correct, confident test image.
 
-    The store's record is used where it has one for this model; else ``data``'s test images are attacked now.
+    The store's record is used where it has one for this model; else the run's test images are attacked now.
     """
-    store = store or Store()
     asked = dict(model_record["asked"], attack="fgsm", confidence=confidence, eps_max=1.0)
-    record = find_or_none(store, "attack", asked, data)
+    record = run.find("attack", asked, f"FGSM on the {asked['model']} model")
     if record:
-        note(f"FGSM radii {record['id']}: from the store ({record['results']['fit']['n']} images of {record['data']['name']}).")
         return record
-    started, device = time.perf_counter(), pick_device(device)
-    model = network(model_record, store, data.test_images.shape[-1]).to(device)
+    started, device, data = time.perf_counter(), pick_device(run.device), run.data
+    model = network(model_record, run.store, run.shape[1]).to(device)
     top, guess = training.predict(model, data.test_images).softmax(1).max(1)
     chosen = torch.nonzero((guess == data.test_labels) & (top >= confidence))[:, 0]
-    note(f"FGSM: attacking {len(chosen)} test images of {data.name}.")
-    radii = []
-    with progress(len(chosen), "FGSM") as bar:
-        bar.unit = "image"
-        for part in chosen.split(250):
+    run.note(f"FGSM: attacking {len(chosen)} of {len(guess)} test images of {data.name}, correct and at least {confidence:.0%} sure.")
+    radii = [torch.empty(0, dtype=torch.float64)]
+    with progress(len(chosen), "FGSM", "image") as bar:
+        for part in chosen.split(training.part_size(model, data.test_images)):
             images, labels = training.to_float(data.test_images[part]).to(device), data.test_labels[part].to(device)
             radii.append(attacks.fgsm_radius(model, images, labels).cpu())
             bar.update(len(part))
-    radii = torch.cat(radii) if radii else torch.empty(0, dtype=torch.float64)
-    fit = robustness.fit(radii.numpy())
-    return store.put(
-        "attack", asked, data, results=dict(fit=fit.dict(), accuracy=model_record["results"]["test_accuracy"]),
-        arrays=dict(radii=radii.numpy(), images=chosen.int().numpy()),
+    radii = torch.cat(radii).numpy()
+    return run.store.put(
+        "attack", asked, data, results=dict(fit=robustness.fit(radii).dict(), accuracy=model_record["results"]["test_accuracy"]),
+        arrays=dict(radii=radii, images=chosen.int().numpy()),
         wall_s=time.perf_counter() - started, device=device, of=model_record["id"],
     )
 
 
-def main(words=None) -> None:
-    """``python -m khnb.pipeline '{"model": "LL", "K": 10}'``: train and attack the models named, one JSON object each."""
-    from khnb import data as datasets
-
-    for word in words or sys.argv[1:]:
-        wish = json.loads(word)
-        kind, dtype, name = wish.pop("model", "LL"), wish.pop("feature_dtype", "float32"), wish.pop("data", "cifar10")
-        data = datasets.load(name)
-        head = HeadSettings.of(wish)
-        if kind == "LL":
-            record = ll_model(data, ConvSettings.of(wish), head, feature_dtype=dtype)
-        else:
-            record = bp_model(data, wish.get("K", 10), wish.get("w", 4), head)
-        print(record["id"], kind, record["results"]["test_accuracy"], flush=True)
-        attack = fgsm_attack(record, data)
-        print(attack["id"], "FGSM", attack["results"]["fit"], flush=True)
+def main(words: list[str]) -> None:
+    """Train and attack each model named by a JSON object, e.g. ``{"K": 20, "bp": "train"}``; defaults for the rest."""
+    for word in words:
+        parameters = {name: p.default for name, p in PARAMETERS.items()} | check(json.loads(word))
+        run = Run.of(parameters)
+        for kind, record in models_of(run, parameters).items():
+            attack = fgsm_attack(run, record, parameters["confidence"])
+            fit = attack["results"]["fit"]
+            R = f"R {fit['R']:.5f} +- {fit['R_err']:.5f}" if fit["status"] == "ok" else fit["status"]
+            print(f"{kind} {record['id']}: accuracy {record['results']['test_accuracy']:.4f}, {R}, {fit['n']} images", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

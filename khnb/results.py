@@ -128,7 +128,8 @@ class Store:
         """Write one record and return it.
 
         ``asked`` holds every hyperparameter, ``data`` is a :class:`khnb.data.Dataset`, ``results`` plain numbers,
-        ``arrays`` name -> array, ``wall_s`` seconds. ``more`` goes into the record as it is.
+        ``arrays`` name -> array, ``wall_s`` seconds. ``more`` goes into the record as it is. ``ValueError`` for another
+        kind, or for a number that is not finite (say ``None``).
         """
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is not valid: one of {', '.join(KINDS)}")
@@ -139,7 +140,7 @@ class Store:
             command=" ".join(sys.argv[:1]), results=results, **more,
             arrays=dict(names=sorted(arrays), sha256=hashlib.sha256(content).hexdigest()),
         )
-        text = json.dumps(record, indent=1, allow_nan=True)
+        text = json.dumps(record, indent=1, allow_nan=False)
         atomic_write(self.root / "arrays" / f"{id}.npz", content)
         atomic_write(self.path(kind, id), text.encode())
         return record

@@ -64,8 +64,9 @@ class Fit:
     status: str
 
     def dict(self) -> dict:
-        """Name -> plain number, as stored in a record."""
-        return asdict(self)
+        """Name -> plain number, as stored in a record; ``None`` where there is no number."""
+        plain = {name: None if value != value else value for name, value in asdict(self).items()}
+        return plain | dict(R_ci=None if self.R_ci[0] != self.R_ci[0] else list(self.R_ci))
 
 
 def _fit(eps, accuracy, start=None):

@@ -34,6 +34,8 @@ class Parameter:
         """The valid values, in words."""
         if isinstance(self.kind, tuple):
             return "one of " + ", ".join(self.kind)
+        if self.kind is str:
+            return self.meaning
         word = {int: "whole number", float: "number"}[self.kind]
         if math.isinf(self.high):
             return word if math.isinf(self.low) else f"{word} >= {self.low:g}"
@@ -41,6 +43,10 @@ class Parameter:
 
     def clean(self, name, value):
         """The value in its own type; ``ValueError`` says what is wrong and what is valid."""
+        if self.kind is str:
+            if not isinstance(value, str):
+                raise ValueError(f"{name}={value!r} is not valid: {name} must be a word ({self.meaning})")
+            return value
         complaint = ValueError(f"{name}={value!r} is not valid: {name} ({self.meaning}) must be {self.range}")
         if isinstance(self.kind, tuple):
             word = value.lower() if isinstance(value, str) else value
@@ -90,6 +96,14 @@ PARAMETERS: dict[str, Parameter] = {
     "step": Parameter(float, 5e-4, "step of PGD, in units of the [0, 1] pixel range", 1e-9, 1.0),
     "radius": Parameter(float, 0.14, "radius of PGD's l-infinity ball (the thesis's S)", 1e-9, 1.0),
     "max_steps": Parameter(int, 300, "largest number of PGD steps", 1),
+    # the BP twin, where it differs from the LL model
+    "bp_sigma": Parameter(ACTIVATIONS, "elu", "activation function of the BP twin"),
+    "bp_epochs": Parameter(int, 70, "passes over all images of the BP twin", 1),
+    # how to run
+    "data": Parameter(("auto", "cifar10", "cifar10-sample"), "auto", "which images: auto takes the full set where it is found"),
+    "device": Parameter(str, "auto", "auto, cpu, cuda or cuda:N"),
+    "feature_dtype": Parameter(DTYPES, "float32", "how features are kept while a head trains"),
+    "bp": Parameter(("stored", "train", "none"), "stored", "the BP twin: shown where the store holds it, trained, or left out"),
     "eps_max": Parameter(float, 1.0, "largest FGSM strength tried", 1e-9, 1.0),
 }
 
@@ -114,6 +128,19 @@ def check(given: dict, allowed=None) -> dict:
             raise ValueError(f"unknown parameter {name!r}{hint} Valid parameters: {', '.join(names)}")
         clean[name] = PARAMETERS[name].clean(name, value)
     return clean
+
+
+def of_notebook(namespace: dict, *names: str) -> dict:
+    """The parameters of a notebook: call it right after the parameters cell, as ``of_notebook(globals(), "K", ...)``.
+
+    Papermill sets whatever name it is given. Here a plain value under a name that is not among ``names`` is a misspelt
+    parameter: ``ValueError`` lists the valid ones, as it does for a value out of range. Returns name -> clean value.
+    """
+    plain = {k: v for k, v in namespace.items() if not k.startswith("_") and isinstance(v, (int, float, str, bool))}
+    missing = [name for name in names if name not in plain]
+    if missing:
+        raise ValueError(f"parameters {', '.join(missing)} are missing, or not plain values. Valid parameters: {', '.join(names)}")
+    return check(plain, names)
 
 
 def _default(name):

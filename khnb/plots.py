@@ -1,0 +1,138 @@
+"""The figures, drawn from records. Every function returns the matplotlib figure it drew."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from khnb import attacks, robustness
+
+#: the Okabe-Ito palette, which colour-blind readers can tell apart
+COLOURS = dict(LL="#0072B2", BP="#D55E00", thesis="#555555", fit="#000000")
+LETTERS = "ABCDEFGHIJKLMNOPQRST"
+
+
+def tiles(weight: np.ndarray) -> np.ndarray:
+    """Filters (F, C, w, w) as pictures (F, w, w, 3) in [0, 1], each scaled to its own range as in fig. 8.1; C is 1 or 3."""
+    weight = np.asarray(weight, float)
+    low, high = weight.min((1, 2, 3), keepdims=True), weight.max((1, 2, 3), keepdims=True)
+    scaled = (weight - low) / np.where(high > low, high - low, 1)
+    return np.broadcast_to(scaled.transpose(0, 2, 3, 1), (len(weight), *weight.shape[2:], 3))
+
+
+def filter_grid(weight: np.ndarray, title: str = "", ax=None, labels: bool = True):
+    """A square grid of filters with columns A, B, ... and rows 1, 2, ... (figs. 8.1-8.5, 8.7, 8.8). weight : (K^2, C, w, w)."""
+    pictures = tiles(weight)
+    K, w = int(len(pictures) ** 0.5), pictures.shape[1]
+    canvas = np.ones((K * (w + 1) + 1, K * (w + 1) + 1, 3))
+    for i, picture in enumerate(pictures[: K * K]):
+        y, x = divmod(i, K)
+        canvas[y * (w + 1) + 1 : (y + 1) * (w + 1), x * (w + 1) + 1 : (x + 1) * (w + 1)] = picture
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5, 5.2), layout="constrained")
+    ax.imshow(canvas, interpolation="nearest")
+    ax.set_title(title, fontsize=10)
+    places = (np.arange(K) + 0.5) * (w + 1)
+    if labels and K <= len(LETTERS):
+        ax.set_xticks(places, LETTERS[:K], fontsize=7)
+        ax.set_yticks(places, np.arange(1, K + 1), fontsize=7)
+        ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    else:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    for side in ax.spines.values():
+        side.set_visible(False)
+    return ax.figure
+
+
+def filter_grids(named: dict[str, np.ndarray], columns: int = 2):
+    """Several filter grids side by side: title -> filters."""
+    rows = -(-len(named) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.9 * columns, 4.1 * rows), layout="constrained", squeeze=False)
+    for ax in axes.flat[len(named) :]:
+        ax.remove()
+    for ax, (title, weight) in zip(axes.flat, named.items()):
+        filter_grid(weight, title, ax)
+    return figure
+
+
+def layer_history(history: list[dict]):
+    """How a KH layer came about: f-score and mean norm, epoch by epoch. history : ``results.history`` of a layer record."""
+    epoch = [row["epoch"] for row in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    left.plot(epoch, [row["f_1e4"] for row in history], "o-", ms=3, color="#0072B2", label="tolerance 1e-4")
+    left.plot(epoch, [row["f_1e6"] for row in history], "s--", ms=3, color="#E69F00", label="tolerance 1e-6 (thesis)")
+    left.set(xlabel="epoch", ylabel="f-score", ylim=(0, 1.02))
+    left.legend()
+    right.plot(epoch, [row["norm"] for row in history], "o-", ms=3, color="#0072B2")
+    right.axhline(1, color="#555555", lw=0.8, ls=":")
+    right.set(xlabel="epoch", ylabel="mean $p$-norm of the filters")
+    return figure
+
+
+def training_history(named: dict[str, dict]):
+    """Loss and training accuracy of models, epoch by epoch: name -> model record."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for name, record in named.items():
+        history, kind = record["results"]["history"], record["asked"]["model"]
+        epoch, style = [row["epoch"] for row in history], "-" if kind == "LL" else "--"
+        left.plot(epoch, [row["loss"] for row in history], style, color=COLOURS[kind], label=name)
+        right.plot(epoch, [row["accuracy"] for row in history], style, color=COLOURS[kind], label=f"{name}, training")
+        right.plot(epoch[-1:], [record["results"]["test_accuracy"]], "D", color=COLOURS[kind], label=f"{name}, test")
+    left.set(xlabel="epoch", ylabel="mean cross-entropy")
+    right.set(xlabel="epoch", ylabel="accuracy")
+    right.legend(fontsize=8)
+    return figure
+
+
+def robustness_curves(named: dict[str, tuple[str, np.ndarray, dict]]):
+    """Relative accuracy against FGSM strength, with fit and R (fig. 9.2): name -> (LL or BP, radii, fit of a record)."""
+    figure, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    edge = 0.0
+    for name, (kind, radii, fit) in named.items():
+        eps, accuracy = robustness.curve(radii)
+        if not len(eps):
+            continue
+        edge = max(edge, float(np.quantile(eps, 0.98)))
+        ax.plot(eps, accuracy, "-", lw=4, alpha=0.35, color=COLOURS[kind], label=f"{name}: {fit['n']} images")
+        if fit["status"] == "ok":
+            grid = np.linspace(0, eps.max(), 2000)
+            ax.plot(grid, robustness.logistic(grid, fit["k"], fit["R"], fit["nu"]), "--", lw=1.2, color=COLOURS[kind])
+            at = robustness.logistic(fit["R"], fit["k"], fit["R"], fit["nu"])
+            ax.plot(fit["R"], at, "o", color=COLOURS[kind], label=f"$R$ = {fit['R']:.4f} ± {fit['R_err']:.4f}, $R^2$ = {fit['r2']:.4f}")
+    ax.set(xlabel=r"attack strength $\varepsilon$ (pixel range 0 to 1)", ylabel="relative accuracy", ylim=(0, 1.02))
+    ax.set_xlim(0, edge or 1)
+    ax.legend(fontsize=8)
+    return figure
+
+
+def attack_examples(model, images: torch.Tensor, labels: torch.Tensor, classes, count: int = 4):
+    """Original, sign of the gradient and attacked image, of the first confident images of ``count`` classes (fig. 9.1).
+
+    model : network in eval mode; images : (N, C, H, W) float in [0, 1]; labels : (N,) int64.
+    """
+    with torch.no_grad():
+        top, guess = model(images).softmax(1).max(1)
+    good = torch.nonzero((guess == labels) & (top >= 0.8))[:, 0].tolist()
+    chosen = list({int(labels[i]): i for i in reversed(good)}.values())[::-1][:count]
+    if not chosen:
+        raise ValueError("no image is classified correctly with confidence 0.8 or more: nothing to show")
+    x, y = images[chosen], labels[chosen]
+    radii = attacks.fgsm_radius(model, x, y)
+    eps = torch.where(radii.isfinite(), radii, 1.0)
+    attacked, signs = attacks.fgsm(model, x, y, eps), attacks.gradient(model, x, y).sign()
+    with torch.no_grad():
+        after, to = model(attacked).softmax(1).max(1)
+    figure, axes = plt.subplots(len(chosen), 3, figsize=(6, 2.1 * len(chosen)), layout="constrained", squeeze=False)
+    for row, i in enumerate(chosen):
+        pictures = (x[row], (signs[row] + 1) / 2, attacked[row])
+        texts = (
+            f"{classes[labels[i]]}, {top[i]:.0%} sure", f"sign of the gradient, ρ = {radii[row]:.4f}",
+            f"{classes[to[row]]}, {after[row]:.0%} sure",
+        )
+        for ax, picture, text in zip(axes[row], pictures, texts):
+            ax.imshow(picture.permute(1, 2, 0).numpy().squeeze(), cmap="gray", vmin=0, vmax=1)
+            ax.set_title(text, fontsize=8)
+            ax.axis("off")
+    return figure
