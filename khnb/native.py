@@ -22,7 +22,9 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("kernels.c")
 BLOCK = 112  # filters of the fused convolution done together
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-shared", "-fPIC")
+# sums may be reordered, to be vectorised; -ffast-math would also make the whole process flush denormals to zero
+REORDER = ("-fno-math-errno", "-fno-signed-zeros", "-fno-trapping-math", "-fassociative-math")
+FLAGS = ("-O3", "-march=native", *REORDER, "-shared", "-fPIC")
 
 
 def cache_dir() -> Path:

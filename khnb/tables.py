@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from html import escape
 from pathlib import Path
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
@@ -39,6 +40,19 @@ def markdown(rows, columns=None, formats=None) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def html(rows) -> str:
+    """Rows as an HTML table, for a page that shows a table of another page's notebook, where Markdown is not read.
+
+    rows : as for :func:`markdown`, all columns of the first row, every value as text.
+    """
+
+    def line(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line((row[key] for key in rows[0]), "td") for row in rows)
+    return f'<table class="table"><thead>{line(rows[0], "th")}</thead><tbody>{body}</tbody></table>'
+
+
 def thesis(name: str, folder: Path = REFERENCE) -> list[dict[str, str]]:
     """The rows of a file of the thesis's numbers, every value as the text that was printed.
 
@@ -65,3 +79,25 @@ def pairs(rows, parameter: str, low, high, value: str, settings) -> tuple[int, i
         if end is not None:
             rises, falls, equal = rises + (end > start), falls + (end < start), equal + (end == start)
     return rises, falls, equal
+
+
+#: what a row of the ensemble tables fixes (tables B.1 and B.3)
+ENSEMBLE = {"LL": ("K", "w", "m", "p", "n", "w_pool"), "BP": ("K", "w", "n", "w_pool", "sigma")}
+
+
+def ensemble_row(asked: dict) -> dict[str, str] | None:
+    """The row of the thesis's table B.1 (LL) or B.3 (BP), both for FGSM, with these hyperparameters, or ``None``."""
+    kind = asked["model"]
+    if kind == "LL" and (asked["sigma"] != "gelu" or asked["delta"] != 0.1):
+        return None  # the LL ensembles have these values throughout
+
+    def same(row):
+        return all(row[k] == asked[k] if k == "sigma" else float(row[k]) == asked[k] for k in ENSEMBLE[kind])
+
+    return next(filter(same, thesis("table_B1" if kind == "LL" else "table_B3")), None)
+
+
+def printed(asked: dict, quantity: str) -> str:
+    """``acc`` or ``R`` of :func:`ensemble_row` as text, mean ± standard deviation, or "not stated"."""
+    row = ensemble_row(asked)
+    return f"{row[quantity + '_mean']} ± {row[quantity + '_std']}" if row else "not stated"

@@ -1,0 +1,148 @@
+"""What of the thesis is reproduced: the manifest (``reference/manifest.csv``) against the records, and the scoreboard page.
+
+``python -m khnb.coverage`` writes ``book/scoreboard.md`` anew.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+from khnb.results import Store, atomic_write
+from khnb.settings import PARAMETERS
+from khnb.tables import REFERENCE, ensemble_row, markdown, thesis
+
+PAGE = REFERENCE.parent / "book" / "scoreboard.md"
+STATUS = {
+    "done": "recomputed here",
+    "partial": "recomputed in part, or for a smaller model",
+    "adopted": "a convention or setting of the thesis that is used here; nothing to recompute",
+    "quoted": "from the literature; nothing to recompute",
+    "thesis only": "shown with the thesis's numbers only",
+    "not yet": "neither recomputed nor shown yet",
+}
+KINDS = ("figure", "table", "number", "ensemble")
+
+
+def manifest(folder: Path = REFERENCE) -> list[dict[str, str]]:
+    """The rows of the manifest. ``ValueError`` naming the row for an unknown kind or status, or an id given twice."""
+    rows, seen = [], set()
+    with (Path(folder) / "manifest.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            key = row["kind"], row["id"]
+            if row["kind"] not in KINDS or row["status"] not in STATUS or key in seen:
+                raise ValueError(f"manifest row {key} is not valid: kind {row['kind']!r}, status {row['status']!r}, or given twice")
+            seen.add(key)
+            rows.append(row)
+    return rows
+
+
+def query(text: str) -> tuple[str, dict]:
+    """``"attack:model=LL,K=10"`` as kind of record and hyperparameters, each in its own type."""
+    kind, _, rest = text.strip().partition(":")
+    asked = dict(item.split("=", 1) for item in rest.split(",") if item)
+    return kind, {name: PARAMETERS[name].clean(name, _number(value)) if name in PARAMETERS else value for name, value in asked.items()}
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def records(row: dict, store: Store) -> list[dict | None]:
+    """The records a row names, on the full CIFAR-10: one per query (joined by ``&``), ``None`` where the store has none."""
+    if not row["record"] or row["record"] in ("reference", "computed"):
+        return []
+    found = []
+    for text in row["record"].split("&"):
+        kind, asked = query(text)
+        found.append(next((r for r in store.find(kind, **asked) if r["data"]["name"] == "cifar10"), None))
+    return found
+
+
+def dig(record: dict, path: str):
+    """The value under a dotted path such as ``results.fit.R``."""
+    for name in path.split("."):
+        record = record[name]
+    return record
+
+
+def stated(row: dict, record: dict | None) -> tuple[str, float | None]:
+    """The thesis's value of a number as printed, and its spread where one is printed."""
+    if row["kind"] == "number":
+        given = next(r for r in thesis("headline_numbers") if r["id"] == row["id"])
+        return given["value"], float(given["uncertainty"]) if given["uncertainty"] else None
+    if row["id"].startswith("a1_"):
+        a = record["asked"]
+        same = [r for r in thesis("table_A1") if all(float(r[k]) == a[k] for k in ("delta", "w", "p", "m"))]
+        return same[0]["f_score"], None
+    printed, name = ensemble_row(record["asked"]), "R" if row["evidence"].endswith(".R") else "acc"
+    return printed[f"{name}_mean"], float(printed[f"{name}_std"])
+
+
+def verdict(ours: float, theirs: str, spread: float | None) -> str:
+    """In words: equal as printed, within twice the thesis's spread, within 2%, or how far off."""
+    value = float(theirs)
+    digits = len(theirs.partition(".")[2]) if "e" not in theirs.lower() else None
+    if digits is not None and round(ours, digits) == value or math.isclose(ours, value, rel_tol=1e-9):
+        return "equal as printed"
+    if spread and abs(ours - value) <= 2 * spread:
+        return "agrees (within twice the thesis's spread)"
+    off = abs(ours - value) / abs(value)
+    return f"close ({off:.1%} off)" if off <= 0.02 else f"differs ({off:.0%} off)"
+
+
+def scoreboard(store: Store) -> str:
+    """The scoreboard page, in MyST Markdown."""
+    rows = manifest()
+    lines = [
+        "# Scoreboard", "",
+        "What of the thesis has been repeated, from the manifest `reference/manifest.csv` and the records in `results/`. This page is",
+        "written by `python -m khnb.coverage`; a test fails when it is out of date, or when a row claims what the records or the pages",
+        "do not hold.", "",
+    ]
+    count = {kind: {s: sum(r["kind"] == kind and r["status"] == s for r in rows) for s in STATUS} for kind in KINDS[:3]}
+    lines += [markdown([{"status": s, "meaning": STATUS[s]} | {f"{k}s": count[k][s] for k in count} for s in STATUS]), ""]
+    lines += ["## Numbers compared", ""]
+    compared, settings = [], []
+    for row in rows:
+        if not row["evidence"] or not (found := records(row, store)) or found[0] is None:
+            continue
+        ours = dig(found[0], row["evidence"])
+        theirs, spread = stated(row, found[0])
+        error = found[0]["results"].get("fit", {}).get("R_err") if row["evidence"].endswith(".R") else None
+        shown = {
+            "quantity": row["title"], "thesis": f"{theirs} ± {spread:g}" if spread else theirs,
+            "here": (f"{ours:.4f} ± {error:.4f}" if error else f"{ours:.4g}"), "verdict": verdict(ours, theirs, spread),
+            "scale": row["scale"], "record": f"`{found[0]['id']}`",
+        }
+        (settings if row["status"] == "adopted" else compared).append(shown)
+    lines += [markdown(compared) if compared else "None yet: the store holds no record on the full data.", ""]
+    lines += [
+        "The thesis's ± is the spread over the models of an ensemble; ours, where given, the bootstrap error of one model's $R$.", "",
+    ]
+    for kind, heading in (("figure", "Figures"), ("table", "Tables"), ("number", "Every number the text states")):
+        lines += [f"## {heading}", ""]
+        shown = [
+            {
+                "": row["id"], "what": row["title"], "chapter": f"[{row['chapter']}](notebooks/{row['notebook']}.ipynb)",
+                "status": row["status"], "scale": row["scale"], "note": row["note"],
+            }
+            for row in rows if row["kind"] == kind
+        ]
+        if kind == "number":
+            by_id = {r["id"]: r for r in thesis("headline_numbers")}
+            for item in shown:
+                item["thesis"] = by_id[item[""]]["value"]
+            lines += [markdown(shown, {"what": "what", "thesis": "thesis", "chapter": "chapter", "status": "status", "scale": "scale"}), ""]
+        else:
+            lines += [markdown(shown), ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    atomic_write(PAGE, scoreboard(Store()).encode())
+    print(f"wrote {PAGE}")
