@@ -1,0 +1,146 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% tags=["parameters"]
+# where and how
+data = "auto"  # auto: the full CIFAR-10 where it is found, else the embedded sample; cifar10; cifar10-sample
+device = "auto"  # auto, cpu, cuda, cuda:1
+seed = 0
+# convolution
+K = 10
+w = 4
+m = 3
+p = 2
+delta = 0.1
+conv_eta0 = 1e-3
+conv_scheduler = "cosine"
+conv_epochs = 30
+conv_batch = 1000
+init_mean = 0
+init_std = 1
+# head
+sigma = "gelu"
+n = 4
+w_pool = 5
+s_pool = 2
+head_eta0 = 2e-3
+head_scheduler = "cosine"
+head_epochs = 100
+head_batch = 1000
+feature_dtype = "float32"
+# schedules "exponential" and "step"
+tau = 2.5
+gamma = 0.5
+s_step = 10
+# the BP twin
+bp = "stored"  # stored: shown where the store holds it; train: trained where it does not; none
+bp_sigma = "elu"
+bp_epochs = 70
+# the attack
+confidence = 0.8
+
+# %% tags=["remove-cell"]
+import torch
+from IPython.display import Markdown
+from myst_nb import glue
+
+from khnb import data as datasets
+from khnb import pipeline, plots, settings, tables, training
+from khnb.widgets import AttackLab
+
+names = (*settings.ConvSettings.names(), *settings.HeadSettings.names(), "data", "device", "feature_dtype", "bp", "bp_sigma", "bp_epochs", "confidence")
+parameters = settings.of_notebook(globals(), *dict.fromkeys(names))
+
+# %% [markdown]
+# # 9 Attacking the models
+#
+# How far must an image move before the model is fooled? The fast gradient sign method (eq. 7.3) moves every pixel of every
+# colour by the same amount $\varepsilon$, in the direction that raises the loss. The smallest $\varepsilon$ that makes the model wrong is the image's
+# *adversarial radius* $\rho$. Here it is found for every test image that the model gets right and is at least 80% sure of:
+# one gradient gives the direction, a scan in steps of 0.001 the first crossing, and halving the interval the radius to $10^{-6}$.
+#
+# As in the last chapter, the next cell says what was taken from the store and what was computed now.
+
+# %%
+run = pipeline.Run.of(parameters)
+records = pipeline.models_of(run, parameters)
+attacked = {kind: pipeline.fgsm_attack(run, record, parameters["confidence"]) for kind, record in records.items()}
+
+# %% tags=["remove-cell"]
+# pictures are always drawn from the embedded sample, so that the page is the same with and without the full data
+sample = datasets.load("cifar10-sample")
+pixels, labels = training.to_float(sample.test_images[:200]), sample.test_labels[:200]
+networks = {kind: pipeline.network(record, run.store) for kind, record in records.items()}
+glue("fig-9-1", plots.attack_examples(networks["LL"], pixels, labels, sample.classes), display=False)
+
+# %% [markdown]
+# ## 9.1 What an attack looks like
+#
+# ```{glue:figure} fig-9-1
+# :name: fig-9-1
+# :alt: Four rows of three pictures: an image with the class the model gives it, a pattern of coloured dots, and the attacked image, which looks the same but gets another class.
+#
+# FGSM on the LL model of this page, in the manner of figure 9.1 of the thesis (which shows its best model): the image, the
+# sign of the gradient with the adversarial radius, and the attacked image at that radius.
+# ```
+#
+# The attacked image is hard to tell from the original, and yet the prediction flips.
+#
+# ## 9.2 How robust is a model?
+#
+# Sorted radii make a curve: the share of images the model still gets right at strength $\varepsilon$. The robustness $\mathcal R$ is the
+# inflection point of the generalised logistic curve (eqs. 7.6 and 7.7) fitted to it.
+
+# %% tags=["remove-cell"]
+named = {f"{kind} model": (kind, run.store.arrays(record)["radii"], record["results"]["fit"]) for kind, record in attacked.items()}
+glue("fig-9-2", plots.robustness_curves(named), display=False)
+
+# %% [markdown]
+# ```{glue:figure} fig-9-2
+# :name: fig-9-2
+# :alt: Relative accuracy against attack strength. Each curve starts at one and falls to zero in the shape of an S; a dot marks its steepest point.
+#
+# Relative accuracy against the strength of the FGSM attack (thick) with the fitted curve (dashed) and $\mathcal R$ (dot), in the
+# manner of figure 9.2 of the thesis, for the models of this page.
+# ```
+
+# %% tags=["remove-input"]
+rows = []
+for kind, record in attacked.items():
+    fit = record["results"]["fit"]
+    rows.append({
+        "model": kind, "R, here": f"{fit['R']:.4f} ± {fit['R_err']:.4f}" if fit["status"] == "ok" else fit["status"],
+        "R, thesis": tables.printed(record["asked"], "R"), "images": fit["n"], "never fooled": fit["n_survived"], "R² of the fit": "" if fit["r2"] is None else f"{fit['r2']:.4f}",
+        "accuracy": f"{record['results']['accuracy']:.3f}", "data": record["data"]["name"], "record": f"`{record['id']}`",
+    })
+Markdown(tables.markdown(rows))
+
+# %% [markdown]
+# The error beside our $\mathcal R$ is the bootstrap standard error: how much $\mathcal R$ would change with another draw of test images. The
+# covariance of the least-squares fit, which the thesis seems to quote, is some hundred times smaller, because the points of
+# such a curve are not independent. The thesis's ± is the spread between models trained alike.
+#
+# The LL model holds out to strengths about twice as large as its BP twin does. That is one pair of models with one
+# attack; whether it is robustness, or gradients that mislead the attacker, takes stronger attacks to tell.
+#
+# ## Attack a model yourself
+#
+# The models below are the ones of this page and run in your browser. Choose an image and a strength and watch the ten
+# probabilities.
+
+# %% tags=["remove-input"]
+some = torch.cat([torch.nonzero(labels == c)[:3, 0] for c in range(10)])  # three images of every class
+AttackLab({kind: network for kind, network in networks.items()}, sample.test_images[some].numpy(), labels[some].numpy(), sample.classes)

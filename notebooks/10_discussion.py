@@ -1,0 +1,139 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 10 Discussion
+#
+# What can be concluded from the thesis's experiments, and what depends on how they were done? This chapter weighs the
+# thesis's own discussion against its own tables. Our models are so far too few to add to most of these questions; the
+# [scoreboard](../scoreboard.md) says how far the repetition has come, and chapters [8](08_training.ipynb) and
+# [9](09_attacks.ipynb) show what there is.
+#
+# ## What each hyperparameter does
+#
+# The grid searches of the thesis have one model for each set of hyperparameters, and not every set: layers with an
+# f-score below 0.8 were left out, powers $n$ above 12 were tried for some sets only. Averages over such a grid compare
+# different populations. The *ensembles* do better: for a few sets, up to a hundred models each. There one can compare
+# pairs of sets that differ in a single hyperparameter. The table counts in how many pairs the mean rises as the
+# hyperparameter goes from the first value to the second; its source are the thesis's tables B.1 and B.3
+# ([appendix B](B_ensembles.ipynb)).
+
+# %% tags=["hide-input"]
+from IPython.display import Markdown
+
+from khnb import tables
+
+LL, BP = tables.thesis("table_B1"), tables.thesis("table_B3")
+CASES = {
+    "LL": (LL, tables.ENSEMBLE["LL"], [("K", "10", "20"), ("w", "4", "12"), ("m", "3", "4"), ("p", "2", "4"), ("n", "4", "12"), ("w_pool", "5", "9")]),
+    "BP": (BP, tables.ENSEMBLE["BP"], [("K", "10", "20"), ("w", "4", "12"), ("n", "4", "12"), ("w_pool", "5", "9"), ("w_pool", "9", "11"), ("sigma", "gelu", "elu")]),
+}
+rows = []
+for kind, (table, settings, changes) in CASES.items():
+    for name, low, high in changes:
+        row = {"models": kind, "change": f"`{name}` {low} → {high}"}
+        for heading, column in (("accuracy rises", "acc_mean"), ("R rises", "R_mean")):
+            up, down, equal = tables.pairs(table, name, low, high, column, settings)
+            row[heading] = f"{up} of {up + down + equal}" + (f" ({equal} equal)" if equal else "")
+        rows.append(row)
+Markdown(tables.markdown(rows))
+
+# %% [markdown]
+# For LL models the trade-off is plain. Wider filters ($w$), and smaller $p$, make models more robust and less accurate;
+# more filters ($K$) and a higher power $n$ make them more accurate and, with few exceptions, less robust. $m$ matters
+# little, which the thesis notes came too late to leave it out of the grids. For $w_\text{pool}$ there is no single rule.
+#
+# For BP models the text of the thesis and its table disagree more than once:
+#
+# - It says that $K=20$ gives *higher* robustness and *lower* accuracy than $K=10$. The table shows the opposite in nearly
+#   every pair.
+# - It says that ELU is always the more robust of ELU and GeLU, and a larger pooling window always better. Both hold in
+#   most pairs, not in all; the exceptions have $w=12$.
+# - It says that for $n=12$ the narrow filters are the robust ones, and shortly after that the high robustness at
+#   large $n$ occurs only for $w=12$. The table agrees with the second statement.
+#
+# In each case we take the table to be right.
+#
+# ## Trade-off
+#
+# A price of robustness paid in accuracy is known from adversarial training and regularisation {cite}`zhang2019,tsipras2019`.
+# The thesis finds it among models that were trained for neither, and calls this its main finding. It offers an
+# explanation for one hyperparameter: the rule holds every filter at unit $p$-norm, which works as a regulariser, and a
+# larger $p$ lets single weights grow larger. For the others the mechanism is open. Whether BP models show a trade-off is
+# put differently in different places: the abstract says that they do not, the conclusions that it is less apparent, and
+# the description of figure 9.9 (accurate models with low $R$, less accurate ones with high $R$) sounds like one.
+#
+# ## rExp
+#
+# The rectified exponential was tried because its power series holds every power, and power means capacity in a dense
+# associative memory. The thesis drops the argument in its discussion, and calls LL models with rExp less accurate
+# than all others. On average over grid 3 that is so compared with the usual activation functions (mean accuracy 0.524);
+# but models with $n\ge35$ are worse still. For BP models rExp has the *highest* mean of all activation functions
+# (tables A.3 and A.4, [appendix A](A_grid_searches.ipynb)).
+#
+# ## The threshold on f
+#
+# Only layers with $f\ge0.8$ were given classifiers. That saved time, and left out many combinations: of the ten layers
+# with $K=10$, $w=12$ perhaps two or three passed. The thesis later thinks the threshold too high. There is a further
+# reason for care. A filter counts as a feature if its norm is within $10^{-6}$ of 1, about the rounding error of
+# single-precision arithmetic accumulated over an update. How many filters pass then depends on the schedule's last
+# steps and on the arithmetic. [Chapter 8](08_training.ipynb) gives f at two tolerances for this reason.
+#
+# ## What R measures
+#
+# $R$ makes thousands of models comparable, and the order it puts them in hardly changes between FGSM and PGD. But
+#
+# - it is about *confident, correct* images only. Of the best LL model 4,523 images are said to be used, elsewhere that no
+#   model had more than 3,826; the first may be the confident images and the second those also correct;
+# - the most robust models are measured on the fewest images, some barely more than the 500 required;
+# - images that were never fooled are dropped, although they are the most robust of all. This lowers $R$, and more so
+#   under PGD;
+# - the inflection point is a choice. Another point of the curve, such as the median radius, would be as defensible.
+#
+# ## How strong the attacks are
+#
+# The thesis finds that the distance reached by PGD is exactly the step times the number of steps, in every model. This says
+# that the ball around the image never mattered: its radius was several times larger than any $R$. PGD was thus IFGSM
+# in effect. The thesis compares two settings of PGD and ascribes the lower $R$ of one to its larger radius. As both have
+# room to spare, the finer step is the likelier cause. (That step is printed as $5\cdot10^{-5}$, which would need
+# about a thousand steps for the most robust models; the text says that fewer than a hundred were needed. We read
+# $5\cdot10^{-4}$.)
+#
+# For some BP models PGD gives a *larger* $R$ than FGSM, which a stronger attack should not. PGD can only report multiples
+# of its step, and always rounds up; for the least robust models the step is a noticeable part of $R$.
+
+# %% tags=["hide-input"]
+def larger(fgsm, pgd, names):
+    """In how many common rows R under PGD exceeds R under FGSM, and of how many."""
+    by = {tuple(row[name] for name in names): float(row["R_mean"]) for row in tables.thesis(fgsm)}
+    common = [(by[key], float(row["R_mean"])) for row in tables.thesis(pgd) if (key := tuple(row[n] for n in names)) in by]
+    return sum(b > a for a, b in common), len(common)
+
+
+for kind, fgsm, pgd in (("LL", "table_B1", "table_B2"), ("BP", "table_B3", "table_B4")):
+    count, total = larger(fgsm, pgd, CASES[kind][1])
+    print(f"{kind}: R under PGD larger than under FGSM in {count} of {total} sets (thesis's tables)")
+
+# %% [markdown]
+# Last, robustness against random noise or occlusion, for which these networks were first praised {cite}`patel2020`, is
+# another matter. The thesis calls such disturbances white-box attacks in two places; by its own definition in chapter 7 they
+# are black-box.
+#
+# ## Smooth boundaries
+#
+# Regularising the slope of a network makes its decision boundaries smoother {cite}`hoffman2019`. If the unit norm of the
+# filters has a similar effect, then one step along the gradient already finds nearly the nearest boundary, and iterating
+# gains little. That FGSM and PGD agree so well for LL models would fit this picture; the thesis leaves it untested.

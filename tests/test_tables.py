@@ -1,0 +1,68 @@
+"""Markdown tables, and the thesis's own numbers."""
+
+import pytest
+
+from khnb import tables
+
+
+def test_markdown():
+    rows = [{"a": 1, "b": 0.12345, "c": "x|y"}, {"a": None, "b": 2.0, "c": "z"}]
+    text = tables.markdown(rows, {"b": "value", "a": "number", "c": "name"}, {"b": ".2f"})
+    assert text.splitlines() == [
+        "| value | number | name |",
+        "| --- | --- | --- |",
+        "| 0.12 | 1 | x\\|y |",
+        "| 2.00 |  | z |",
+    ]
+    assert tables.markdown(rows, ["a"], {"a": lambda v: f"<{v}>"}).splitlines()[2] == "| <1> |"
+
+
+def test_markdown_says_what_is_wrong():
+    with pytest.raises(ValueError, match="no rows"):
+        tables.markdown([])
+    with pytest.raises(ValueError, match="column 'd' is not in a row with columns a"):
+        tables.markdown([{"a": 1}], ["d"])
+
+
+def test_html_holds_the_same_cells():
+    text = tables.html([{"R < 1": 0.5, "b": "x & y"}, {"R < 1": 2, "b": "z"}])
+    assert text.count("<tr>") == 3
+    assert "<th>R &lt; 1</th><th>b</th>" in text and "<td>0.5</td><td>x &amp; y</td>" in text
+
+
+def test_thesis_keeps_the_printed_decimals():
+    rows = tables.thesis("table_B1")
+    assert len(rows) == 44
+    assert rows[0]["R_mean"] == "0.0177" and rows[0]["R_std"] == "0.0001"
+    assert {r["figure"] for r in tables.thesis("figures")} >= {"9.1", "9.10"}
+
+
+def test_thesis_lists_the_names_there_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="table_A1"):
+        tables.thesis("table_X")
+    with pytest.raises(FileNotFoundError, match="missing or empty"):
+        tables.thesis("table_A1", tmp_path)
+
+
+def test_pairs_counts_only_rows_that_agree_in_all_else():
+    rows = [dict(K=k, w=w, R=r) for k, w, r in (("10", "4", "1"), ("20", "4", "2"), ("10", "8", "3"), ("20", "8", "3"), ("10", "12", "9"))]
+    assert tables.pairs(rows, "K", "10", "20", "R", ("K", "w")) == (1, 0, 1)
+    assert tables.pairs(rows, "w", "4", "8", "R", ("K", "w")) == (2, 0, 0)
+    assert tables.pairs(rows, "K", "20", "10", "R", ("K", "w")) == (0, 1, 1)
+
+
+def test_pairs_on_the_ensembles_of_the_thesis():
+    rows, settings = tables.thesis("table_B3"), ("K", "w", "n", "w_pool", "sigma")
+    assert tables.pairs(rows, "K", "10", "20", "acc_mean", settings)[0] == 20
+    assert tables.pairs(rows, "K", "10", "20", "R_mean", settings) == (2, 18, 1)
+
+
+def test_ensemble_row_is_the_printed_row_of_these_hyperparameters():
+    ll = dict(model="LL", K=10, w=4, m=3, p=2.0, n=4.0, w_pool=5, sigma="gelu", delta=0.1)
+    assert tables.printed(ll, "acc") == "0.619 ± 0.001"
+    assert tables.printed(ll | dict(K=20), "R") == "0.01561 ± 0.00009"
+    assert tables.printed(ll | dict(sigma="elu"), "R") == "not stated"
+    assert tables.printed(ll | dict(m=2), "R") == "not stated"
+    bp = dict(model="BP", K=10, w=4, n=4.0, w_pool=5, sigma="elu")
+    assert tables.printed(bp, "R") == "0.0073 ± 0.0002"
+    assert tables.printed(bp | dict(sigma="gelu"), "acc") == "0.589 ± 0.003"

@@ -1,0 +1,406 @@
+"""The widgets: what Python packs, and what their modules compute and show, against the library.
+
+The modules' arithmetic is run in node and compared with PyTorch; the page is run in Chromium. Where one of the two is
+missing, the tests that need it are skipped and say so.
+"""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from khnb import attacks, models
+from khnb.learning import is_feature
+from khnb.plots import tiles
+from khnb.settings import HeadSettings
+from khnb.widgets import AttackLab, FilterExplorer
+from khnb.widgets.attack import pack
+
+WIDGETS = Path(models.__file__).parent / "widgets"
+MODULES = ("attack.js", "filters.js")
+SIGMAS = tuple(models.ACTIVATIONS)
+
+
+def network(kind, sigma="gelu", n=4.0, p=2.0, K=3, w=4, w_pool=5, s_pool=2, channels=3, side=32, seed=0):
+    """A small untrained network in eval mode whose answers depend on the image, and differ in confidence."""
+    head = HeadSettings(sigma=sigma, n=n, w_pool=w_pool, s_pool=s_pool, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "LL":
+        weight = torch.randn(K * K, channels, w, w, generator=generator)
+        weight /= torch.linalg.vector_norm(weight.flatten(1), ord=p, dim=1)[:, None, None, None]
+        net = models.ll_network(weight, p, head, side, 10)
+    else:
+        net = models.bp_network(K, w, head, channels, side, 10)
+    with torch.no_grad():  # logits of the order of 1, whatever sigma and n
+        images = torch.rand(32, channels, side, side, generator=generator)
+        net.linear.weight /= net.eval()(images).std(0).mean()
+    return net
+
+
+def lab(networks, sample, count=4):
+    images, labels = sample.test_images[:count].numpy(), sample.test_labels[:count].numpy()
+    return AttackLab(networks, images, labels, sample.classes)
+
+
+def as_float16(net):
+    """The network with the weights that the widget carries, in float64: what the module ought to compute exactly."""
+    net = models.Network(net.conv, net.linear, net.head).double().eval()
+    for weight in (net.conv.weight, net.linear.weight):
+        scale = 2.0 ** torch.floor(torch.log2(32768 / weight.abs().max()))
+        weight.data.copy_((weight * scale).half().double() / scale)
+    return net
+
+
+def node(module, script, **given):
+    """What an expression over the exports ``m`` of a widget's module comes to; ``given`` are its other names."""
+    program = shutil.which("node")
+    if program is None:
+        pytest.skip("node is not installed: the arithmetic of the widgets' modules cannot be run here")
+    address = "data:text/javascript;base64," + base64.b64encode((WIDGETS / module).read_bytes()).decode()
+    text = f"""
+      const m = await import({json.dumps(address)});
+      const given = JSON.parse(require("fs").readFileSync(0, "utf8"));
+      const bytes = (text) => new Uint8Array(Buffer.from(text, "base64"));
+      const {{ {", ".join(given) or "_"} }} = given;
+      const result = await (async () => {{ {script} }})();
+      console.log(JSON.stringify(result, (key, v) => v === Infinity ? "inf" : v));
+    """
+    done = subprocess.run(
+        [program, "-e", f"(async () => {{ {text} }})()"], input=json.dumps(given), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def computed(net, images, labels, script):
+    """``script`` run for every image with ``net``, ``x`` and ``label``."""
+    header, packed = pack(net, images.shape[-1])
+    loop = f"""
+      const net = m.makeNetwork(header, bytes(packed)), out = [];
+      for (let i = 0; i < images.length; i++) {{ const x = Float64Array.from(images[i]), label = labels[i]; out.push({script}); }}
+      return out;
+    """
+    given = dict(header=header, packed=base64.b64encode(packed).decode(), images=images.flatten(1).tolist(), labels=labels.tolist())
+    return node("attack.js", loop, **given)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The modules' arithmetic
+
+
+def test_float16_is_read_as_numpy_reads_it():
+    every = np.arange(2**16, dtype="<u2")
+    numbers = every.view("<f2").astype(float)
+    finite = np.isfinite(numbers)
+    for module in MODULES:
+        script = "return Array.from(m.decodeHalf(bytes(packed), 0, 65536))"
+        read = node(module, script, packed=base64.b64encode(every.tobytes()).decode())
+        np.testing.assert_array_equal(np.array([np.nan if x in (None, "inf") else x for x in read])[finite], numbers[finite])
+    assert finite.sum() == 63488
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_bytes_arrive_in_any_wrapping(module):
+    script = """
+      const b = Uint8Array.from([9, 1, 2, 3, 9]).buffer, inner = [new DataView(b, 1, 3), new Uint8Array(b, 1, 3), b];
+      return inner.map((v) => Array.from(m.toBytes(v)));
+    """
+    assert node(module, script) == [[1, 2, 3], [1, 2, 3], [9, 1, 2, 3, 9]]
+
+
+def test_the_error_function():
+    x = torch.linspace(-7, 7, 2001, dtype=torch.float64)
+    found = node("attack.js", "return x.map(m.erf)", x=x.tolist())
+    np.testing.assert_allclose(found, torch.erf(x), atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [("LL", dict(sigma=s)) for s in SIGMAS]
+    + [("BP", dict(sigma=s)) for s in SIGMAS]
+    + [("LL", dict(p=3.0)), ("LL", dict(p=2.5, n=1.0)), ("LL", dict(sigma="relu", n=2.5)), ("BP", dict(w=3, w_pool=4, s_pool=3))]
+    + [("LL", dict(channels=1, side=28, w=5, w_pool=2, s_pool=1))],
+)
+def test_a_network_in_the_page_is_the_network(sample, digits, kind, options):
+    net = network(kind, **options)
+    images = (digits if options.get("channels") == 1 else sample).test_images[:3].double() / 255
+    images[0, :, :8, :8] = 0  # patches without a norm
+    exact = as_float16(net)
+    labels = torch.tensor([1, 2, 3])
+    found = computed(network(kind, **options), images, labels, "[Array.from(net.probabilities(x)), Array.from(net.gradient(x, label))]")
+    probabilities, gradients = (torch.tensor([row[i] for row in found], dtype=torch.float64) for i in (0, 1))
+    # p > 2: the page carries sgn(W)|W|^(p-1) in float16, the reference here W
+    loose = options.get("p", 2) != 2
+    expected = exact(images).softmax(1)
+    torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-3 if loose else 1e-9)
+    with torch.no_grad():
+        rounded_away = (network(kind, **options)(images.float()).softmax(1) - probabilities).abs().max()
+    assert rounded_away < 1e-3
+    gradient = attacks.gradient(exact, images, labels).flatten(1)
+    assert gradient.abs().max() > 1e-4
+    torch.testing.assert_close(gradients, gradient, rtol=0, atol=(1e-2 if loose else 1e-9) * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("kind, options", [("LL", {}), ("LL", dict(p=3.0)), ("BP", dict(sigma="elu"))])
+def test_the_radius_in_the_page_is_the_library_s(sample, kind, options):
+    net = network(kind, **options)
+    images = sample.test_images[:6].float() / 255
+    with torch.no_grad():
+        labels = net(images).argmax(1)
+    labels[0] = (labels[0] + 1) % 10  # wrong already
+    found = [float(r) for r in computed(net, images, labels, "await m.fgsmRadius(net, x, label)")]
+    expected = attacks.fgsm_radius(network(kind, **options), images, labels)
+    assert found[0] == 0 and max(found) > 0.001
+    if options.get("p", 2) == 2:
+        exact = attacks.fgsm_radius(as_float16(net), images.double(), labels)
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1.5e-6)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_network_that_nothing_fools_has_no_radius(sample):
+    net = network("LL")
+    with torch.no_grad():
+        net.linear.bias[3] += 1e6
+    found = computed(net, sample.test_images[:1].double() / 255, torch.tensor([3]), "await m.fgsmRadius(net, x, label)")
+    assert found == ["inf"]
+
+
+def test_pgd_in_the_page_is_the_library_s(sample):
+    net = network("BP", sigma="elu")
+    images = sample.test_images[:4].double() / 255
+    labels = as_float16(net)(images).argmax(1)
+    found = computed(
+        network("BP", sigma="elu"), images, labels,
+        "await m.pgd(net, x, label, { step: 0.002, radius: 0.02, maxSteps: 40 }).then((r) => [r.steps, r.fooled, r.distance])",
+    )
+    radii, steps = attacks.pgd_radius(as_float16(net), images, labels, step=0.002, radius=0.02, max_steps=40)
+    assert (steps > 0).any()
+    for (taken, fooled, distance), radius, step in zip(found, radii.tolist(), steps.tolist()):
+        assert (taken if fooled else -1) == step
+        assert distance == pytest.approx(radius if fooled else 0.02, abs=1e-9)
+
+
+def test_a_newer_wish_stops_the_search(sample):
+    found = computed(network("LL"), sample.test_images[:1].double() / 255, torch.tensor([3]),
+                     "await m.fgsmRadius(net, x, net.guess(x), () => false)")
+    assert found == [None]
+
+
+def test_tiles_in_the_page_are_the_figures_tiles():
+    weight = np.random.default_rng(0).normal(size=(2, 3, 4, 4))
+    for i in range(2):
+        found = node("filters.js", "return Array.from(m.tile(weight, 3, 4))", weight=weight[i].ravel().tolist())
+        picture = np.array(found).reshape(4, 4, 4)
+        assert (picture[..., 3] == 255).all()
+        np.testing.assert_allclose(picture[..., :3], 255 * tiles(weight)[i], atol=0.5 + 1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Python side
+
+
+def test_weights_of_any_size_survive_float16():
+    net = network("BP")
+    with torch.no_grad():
+        net.linear.weight *= 1e-7
+    header, packed = pack(net, 32)
+    part = header["linear"]
+    read = np.frombuffer(packed, "<f2", offset=part["offset"]).astype(float) / part["scale"]
+    expected = net.linear.weight.detach().double().numpy()
+    np.testing.assert_allclose(read.reshape(part["shape"]), expected, atol=1e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(networks={}), "no network"),
+        (dict(images=np.zeros((4, 3, 32, 32))), "uint8"),
+        (dict(labels=np.zeros(3, int)), "one whole number each"),
+        (dict(labels=np.full(4, 10)), "10 classes"),
+        (dict(classes=("a", "b")), "classes"),
+        (dict(networks={"BP": network("BP").train()}), "training mode"),
+        (dict(networks={"BP": network("BP", channels=1)}), "channels"),
+    ],
+)
+def test_the_lab_says_what_is_wrong(change, message):
+    given = dict(networks={"BP": network("BP")}, images=np.zeros((4, 3, 32, 32), np.uint8), labels=np.zeros(4, int), classes=tuple("abcdefghij"))
+    with pytest.raises(ValueError, match=message):
+        AttackLab(**given | change)
+
+
+def test_the_lab_takes_no_other_module(sample):
+    with pytest.raises(TypeError, match="Network"):
+        lab({"x": torch.nn.Linear(2, 2)}, sample)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (dict(weight=np.ones((4, 2, 4, 4)), p=2), "shape"),
+        (dict(weight=np.ones((4, 3, 4, 4)), p=2, epochs=[1]), "both or neither"),
+        (dict(weight=np.ones((4, 3, 4, 4)), p=2, epochs=[1], snapshots=np.ones((2, 4, 3, 4, 4))), "snapshots"),
+        (dict(weight=np.ones((4, 3, 4, 4)), p=2, wins=np.ones(3)), "win rates"),
+        (dict(weight=np.full((4, 3, 4, 4), np.nan), p=2), "finite"),
+    ],
+)
+def test_the_explorer_says_what_is_wrong(model, message):
+    with pytest.raises(ValueError, match=message):
+        FilterExplorer({"LL": model})
+
+
+def test_the_traits_are_checked(sample):
+    widget = lab({"BP": network("BP")}, sample)
+    for name, value in dict(image=4, model_name="other", attack="CW", epsilon=-1.0, radius=0.0).items():
+        with pytest.raises(Exception, match=name):
+            setattr(widget, name, value)
+    widget.image, widget.attack, widget.epsilon = 3, "PGD", 0.05
+    assert (widget.image, widget.attack, widget.epsilon, widget.model_name) == (3, "PGD", 0.05, "BP")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+PAGE = """<!doctype html><meta charset="utf-8"><body style="margin:8px;font-family:sans-serif"><div id="w"></div>
+<script type="module">
+const state = STATE;
+for (const name of BYTES) state[name] = new DataView(Uint8Array.from(atob(state[name]), (c) => c.charCodeAt(0)).buffer);
+const listeners = {};
+window.model = {
+  get: (k) => state[k], on: (e, f) => (listeners[e] ??= []).push(f), off() {}, save_changes() {},
+  set(k, v) { if (state[k] !== v) { state[k] = v; (listeners["change:" + k] ?? []).forEach((f) => f()); } },
+};
+const module = await import(URL.createObjectURL(new Blob([ESM], { type: "text/javascript" })));
+const css = document.createElement("style"); css.textContent = CSS; document.head.append(css);
+module.default.render({ model, el: document.getElementById("w") });
+document.body.dataset.ready = "yes";
+</script>"""
+
+
+def page_of(widget) -> str:
+    """A page that shows a widget without a kernel, from the state it would be embedded with."""
+    state = widget.get_state()
+    module, css = state.pop("_esm"), state.pop("_css")
+    binary = [name for name, value in state.items() if isinstance(value, (bytes, memoryview))]
+    state = {name: base64.b64encode(value).decode() if name in binary else value for name, value in state.items() if not name.startswith("_")}
+    state = {name: value for name, value in state.items() if name not in ("layout", "tabbable", "tooltip")}
+    given = dict(STATE=state, BYTES=binary, ESM=module, CSS=css)
+    pattern = re.compile(r"\b(STATE|BYTES|ESM|CSS)\b")
+    return pattern.sub(lambda match: json.dumps(given[match[1]]).replace("</", "<\\/"), PAGE)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no page can be opened")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("Chromium is not installed: the widgets cannot be shown here")
+    with sync_api.sync_playwright() as play:
+        opened = play.chromium.launch(
+            executable_path=program, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def shown(browser):
+    """Shows a widget at a width; no error may come up while the test looks at it."""
+    errors, pages = [], []
+
+    def show(widget, width=1000):
+        page = browser.new_page(viewport=dict(width=width, height=900))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.set_content(page_of(widget))
+        page.wait_for_selector("body[data-ready]")
+        pages.append(page)
+        return page
+
+    yield show
+    for page in pages:
+        page.close()
+    assert errors == []
+
+
+@pytest.fixture
+def explorer():
+    generator = np.random.default_rng(1)
+    snapshots = generator.normal(size=(3, 9, 3, 4, 4))
+    snapshots[2] = np.abs(snapshots[2])
+    snapshots[2, 1:] /= np.sqrt((snapshots[2, 1:] ** 2).sum((1, 2, 3), keepdims=True))
+    wins = np.arange(9) / 36
+    models_ = {
+        "LL": dict(weight=snapshots[2], p=2, epochs=[0, 1, 5], snapshots=snapshots, wins=wins),
+        "BP": dict(weight=generator.normal(size=(4, 3, 4, 4)), p=2),
+    }
+    return FilterExplorer(models_), snapshots
+
+
+@pytest.mark.page
+@pytest.mark.slow
+def test_the_explorer_works_with_mouse_and_keyboard(shown, explorer):
+    widget, snapshots = explorer
+    page = shown(widget)
+    good = is_feature(torch.tensor(snapshots[2]), 2, 1e-4).sum().item()
+    assert good == 8 and f"{good} of 9 filters are features" in page.inner_text(".khnb-gridbox")
+    assert page.inner_text(".khnb-title") == "Neuron A1" and "not a feature" in page.inner_text(".khnb-summary")
+    page.locator('[role="gridcell"]').first.focus()
+    for key in ("ArrowRight", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowLeft", "ArrowLeft", "End"):
+        page.keyboard.press(key)
+    assert page.inner_text(".khnb-title") == "Neuron C3" and page.evaluate("model.get('neuron')") == 8
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "C3"
+    assert f"{100 * 8 / 36:.2f} %" in page.inner_text(".khnb-facts")
+    page.get_by_label("After epoch").fill("0")
+    assert "0 of 9 filters" in page.inner_text(".khnb-gridbox") and "after epoch 0" in page.inner_text(".khnb-summary")
+    assert f"{np.linalg.norm(snapshots[0, 8]):.6f}" in page.inner_text(".khnb-facts")
+    page.get_by_label("Model").select_option("BP")
+    assert page.locator('[role="gridcell"]').count() == 4 and not page.get_by_label("After epoch").is_visible()
+    page.locator('[role="gridcell"]').nth(2).click()
+    assert page.inner_text(".khnb-title") == "Neuron A2"
+
+
+@pytest.mark.page
+@pytest.mark.slow
+def test_the_lab_shows_what_the_library_computes(shown, sample):
+    networks = {"LL": network("LL", K=10), "BP": network("BP", sigma="elu", K=10)}
+    images = sample.test_images[:3].float() / 255
+    with torch.no_grad():
+        labels = networks["LL"](images).argmax(1)
+    page = shown(AttackLab(networks, sample.test_images[:3].numpy(), labels.numpy(), sample.classes))
+    page.wait_for_function("!document.querySelector('.khnb-pictures .khnb-facts').innerText.includes('…')", timeout=60000)
+    expected = attacks.fgsm_radius(networks["LL"], images[:1], labels[:1]).item()
+    assert float(page.locator(".khnb-pictures dd").first.inner_text()) == pytest.approx(expected, abs=1e-4)
+
+    def bars():
+        return np.array([float(text.split()[0]) / 100 for text in page.locator(".khnb-number").all_inner_texts()])
+
+    for image, name, epsilon in ((0, "LL", 0.0), (2, "BP", 0.05)):
+        page.locator(".khnb-thumbs button").nth(image).click()
+        page.get_by_label("Model").select_option(name)
+        page.get_by_label("Strength").fill(str(epsilon))
+        x, y = images[image : image + 1], labels[image : image + 1]
+        with torch.no_grad():
+            np.testing.assert_allclose(bars(), networks[name](attacks.fgsm(networks[name], x, y, epsilon)).softmax(1)[0], atol=2e-3)
+    page.get_by_label("Attack", exact=True).select_option("PGD")
+    page.wait_for_function("/PGD (fools|does not)|wrong without/.test(document.querySelector('.khnb-summary').innerText)", timeout=60000)
+    assert not page.get_by_label("Strength").is_visible() and page.get_by_label("Radius", exact=True).is_visible()
+
+
+@pytest.mark.page
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["lab", "explorer"])
+def test_a_widget_fits_a_telephone_and_names_its_controls(shown, explorer, sample, which):
+    widget = explorer[0] if which == "explorer" else lab({"LL": network("LL")}, sample)
+    page = shown(widget, width=390)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    nameless = page.evaluate(
+        """[...document.querySelectorAll("select, input, button, [role=gridcell], [role=grid], canvas")].filter((node) =>
+             !node.labels?.length && !node.ariaLabel && node.ariaHidden !== "true").length"""
+    )
+    assert nameless == 0
