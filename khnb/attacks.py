@@ -31,6 +31,8 @@ def _check(model: nn.Module, images: Tensor, labels: Tensor, **amounts) -> None:
     for name, value in amounts.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value} is not valid: a positive number is needed")
+        if name == "max_steps" and value != int(value):
+            raise ValueError(f"max_steps={value} is not valid: a whole number is needed")
     if len(images) == 0:
         return
     low, high = images.aminmax()
@@ -67,9 +69,10 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon) -> Tensor:
     images (B, C, H, W) float in [0, 1]; labels (B,) int64; epsilon >= 0 in units of the pixel range, a number or (B,).
     Returns the attacked images, same shape and dtype. ``ValueError`` on anything outside this.
     """
-    epsilon = torch.as_tensor(epsilon, dtype=torch.float64, device=images.device).expand(len(images))
-    if not (epsilon >= 0).all():
-        raise ValueError("epsilon is not valid: a number >= 0 is needed")
+    epsilon = torch.as_tensor(epsilon, dtype=torch.float64, device=images.device)
+    if epsilon.shape not in ((), (len(images),)) or not (epsilon.isfinite() & (epsilon >= 0)).all():
+        raise ValueError(f"epsilon is not valid: a finite number >= 0 is needed, or one for each of {len(images)} images")
+    epsilon = epsilon.expand(len(images))
     _check(model, images, labels)
     if len(images) == 0:
         return images.clone()
@@ -81,7 +84,7 @@ def _iterate(model, images, labels, step, radius, max_steps, stop_when_fooled, s
     x = start.clone()
     steps = torch.full((len(images),), -1, dtype=torch.int64, device=images.device)
     active = torch.arange(len(images), device=images.device)
-    for i in range(max_steps + 1):
+    for i in range(int(max_steps) + 1):
         wrong = ~_right(model, x[active], labels[active])
         first = active[wrong]
         steps[first] = torch.where(steps[first] < 0, i, steps[first])
@@ -167,7 +170,7 @@ def fgsm_radius(
         places = torch.arange(1, count + 1, device=images.device) * grain + at
         places = places.clamp_max(last).unique()
         who = active.repeat_interleave(len(places))
-        right = _right(model, _move(images[who], direction[who], places.repeat(len(active)) * tol), labels[who])
+        right = _right(model, _move(images[who], direction[who], places.repeat(len(active)).double() * tol), labels[who])
         right = right.reshape(len(active), len(places))
         fooled = ~right.all(1)
         first = right.int().argmin(1)[fooled]
@@ -181,7 +184,7 @@ def fgsm_radius(
         if len(todo) == 0:
             break
         middle = (wrong_at[todo] + right_at[todo]) // 2
-        right = _right(model, _move(images[todo], direction[todo], middle * tol), labels[todo])
+        right = _right(model, _move(images[todo], direction[todo], middle.double() * tol), labels[todo])
         right_at[todo] = torch.where(right, middle, right_at[todo])
         wrong_at[todo] = torch.where(right, wrong_at[todo], middle)
-    return torch.where(wrong_at > 0, wrong_at * tol, out)
+    return torch.where(wrong_at > 0, wrong_at.double() * tol, out)

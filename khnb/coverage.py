@@ -116,7 +116,7 @@ def scoreboard(store: Store) -> str:
         error = found[0]["results"].get("fit", {}).get("R_err") if row["evidence"].endswith(".R") else None
         shown = {
             "quantity": row["title"], "thesis": f"{theirs} ± {spread:g}" if spread else theirs,
-            "here": (f"{ours:.4f} ± {error:.4f}" if error else f"{ours:.4g}"), "verdict": verdict(ours, theirs, spread),
+            "here": (f"{ours:.4f} ± {error:.4f}" if error else f"{ours:.4g}" if abs(ours) < 1000 else f"{ours:.0f}"), "verdict": verdict(ours, theirs, spread),
             "scale": row["scale"], "record": f"`{found[0]['id']}`",
         }
         (settings if row["status"] == "adopted" else compared).append(shown)

@@ -27,7 +27,8 @@ class KHConv2d(nn.Module):
     p : order of the norm, at least 2.
 
     Shapes: images (B, C, H, W), float in [0, 1] -> activities (B, F, H-w+1, W-w+1). An all-zero
-    patch gives 0, with gradient 0. The gradient with respect to the image goes through the normalisation.
+    patch gives 0; the gradient there is that of the plain inner product (its norm counts as 1). Elsewhere the gradient with
+    respect to the image goes through the normalisation.
 
     Raises ``ValueError`` for a weight that is not (F, C, w, w), p < 2, or images that do not fit.
     """

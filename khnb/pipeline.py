@@ -34,7 +34,7 @@ def pick_device(device: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        torch.ones(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used ({str(error).splitlines()[0]}); try device='cpu'") from error
     return chosen
@@ -245,7 +245,7 @@ def fgsm_attack(run: Run, model_record: dict, confidence: float = 0.8) -> dict:
 
     The store's record is used where it has one for this model; else the run's test images are attacked now.
     """
-    asked = dict(model_record["asked"], attack="fgsm", confidence=confidence, eps_max=1.0)
+    asked = dict(model_record["asked"], attack="fgsm", confidence=confidence, eps_max=1.0, of=model_record["id"])
     record = run.find("attack", asked, f"FGSM on the {asked['model']} model")
     if record:
         return record
@@ -264,7 +264,7 @@ def fgsm_attack(run: Run, model_record: dict, confidence: float = 0.8) -> dict:
     return run.store.put(
         "attack", asked, data, results=dict(fit=robustness.fit(radii).dict(), accuracy=model_record["results"]["test_accuracy"]),
         arrays=dict(radii=radii, images=chosen.int().numpy()),
-        wall_s=time.perf_counter() - started, device=device, of=model_record["id"],
+        wall_s=time.perf_counter() - started, device=device,
     )
 
 

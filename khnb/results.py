@@ -147,12 +147,13 @@ class Store:
 
     def _read(self, path: Path) -> dict | None:
         try:
-            record = json.loads(path.read_bytes())
+            record = json.loads(path.read_bytes(), parse_constant=_refuse)
             whole = record["id"] == path.stem and record["kind"] == path.parent.name
             if not whole or record["id"] != record_id(record["kind"], record["asked"], record["data"]):
                 raise ValueError("its id does not match what it says was asked")
-            if not isinstance(record["results"], dict) or not isinstance(record["arrays"]["sha256"], str):
-                raise ValueError("its results are missing")
+            parts = record["asked"], record["results"], record["data"]["name"], record["started"], record["arrays"]["sha256"]
+            if not all(isinstance(part, kind) for part, kind in zip(parts, (dict, dict, str, str, str), strict=True)):
+                raise ValueError("a part of it is of the wrong kind")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             warnings.warn(f"record {path} is damaged ({error}) and left out; delete it to compute it again", DamagedRecord)
             return None
@@ -178,8 +179,18 @@ class Store:
             raise ValueError(f"arrays {path} of {record['kind']} record {record['id']} cannot be read: {error}") from error
         if hashlib.sha256(content).hexdigest() != record["arrays"]["sha256"]:
             raise ValueError(f"arrays {path} are not those of the record; delete the record to compute it again")
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
+                found = {name: file[name] for name in file.files}
+            if not all(isinstance(value, np.ndarray) for value in found.values()):
+                raise ValueError("not all of it is arrays")
+            return found
+        except Exception as error:  # numpy and zipfile raise a dozen kinds on bytes that are no npz
+            raise ValueError(f"arrays {path} are no npz of numbers ({error}); delete the record to compute it again") from error
 
 
 _MISSING = object()
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is no number")

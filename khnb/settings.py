@@ -68,7 +68,7 @@ PARAMETERS: dict[str, Parameter] = {
     "K": Parameter(int, 10, "side of the square grid of filters: K^2 filters", 2, 100),
     "w": Parameter(int, 4, "width of a filter, in pixels", 1, 32),
     "m": Parameter(int, 3, "rank of the inhibited neuron, from 2 to K^2", 2),
-    "p": Parameter(float, 2.0, "order of the Lebesgue norm", 2.0, 100.0),
+    "p": Parameter(float, 2.0, "order of the Lebesgue norm", 2.0, 12.0),  # above, float32 loses dark pixels: (1/255)^16 is 0
     "delta": Parameter(float, 0.1, "anti-Hebbian strength", 0.0),
     "conv_eta0": Parameter(float, 1e-3, "initial learning rate of the convolution", 0.0),
     "conv_scheduler": Parameter(SCHEDULERS, "cosine", "learning-rate schedule of the convolution"),

@@ -59,7 +59,8 @@ def train(model: Network, inputs: Tensor, labels: Tensor, state: dict | None = N
     labels : (N,) int64.
     state : what ``after_epoch`` was given last, to go on from there. Epochs draw their order from (seed, epoch), so
         a resumed run equals an uninterrupted one.
-    after_epoch : called with a dictionary of plain tensors and numbers (``history``, ``model``, ``optimizer``).
+    after_epoch : called with a dictionary of tensors and numbers (``history``, ``model``, ``optimizer``); the tensors are
+        those that go on being trained, so save or copy them at once.
 
     Returns one row an epoch: epoch, learning rate, mean loss and accuracy while training, seconds.
     Raises ``FloatingPointError`` naming the epoch when the loss stops being finite.

@@ -14,6 +14,9 @@
 #     name: python3
 # ---
 
+# %% [markdown]
+# # 8 Training models
+
 # %% tags=["parameters"]
 # where and how
 data = "auto"  # auto: the full CIFAR-10 where it is found, else the embedded sample; cifar10; cifar10-sample
@@ -61,8 +64,6 @@ names = (*settings.ConvSettings.names(), *settings.HeadSettings.names(), "data",
 parameters = settings.of_notebook(globals(), *dict.fromkeys(names))
 
 # %% [markdown]
-# # 8 Training models
-#
 # The thesis trains more than twenty thousand models. Each has the architecture of {numref}`fig-6-1`; they differ in how the
 # filters came about. An **LL model** learns its filters without labels, by the Krotov–Hopfield rule, and then trains only
 # a classifier on what the filters see. Its **BP twin** trains everything together by backpropagation.
@@ -79,7 +80,7 @@ layer = pipeline.conv_layer(run, settings.ConvSettings.of(parameters))
 # ## 8.1 The unsupervised stage
 #
 # Every image is cut into all its $w\times w$ patches, each scaled to unit $p$-norm. A minibatch of patches asks for a change
-# of the filters (eq. {eq}`4.7` summed over the minibatch); it is divided by its largest entry and multiplied by the learning
+# of the filters ([eq. 4.7](#eq-4-7) summed over the minibatch); it is divided by its largest entry and multiplied by the learning
 # rate of the epoch. The thesis leaves that scale open. Two readings that come to mind first do not work: a minibatch
 # of *images* moves the filters too seldom to bring them from $\mathcal N(0,1)$ to unit norm within the stated epochs, and the
 # plain sum overflows. With minibatches of patches and the division by the largest entry, the convention of the

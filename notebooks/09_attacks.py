@@ -14,6 +14,9 @@
 #     name: python3
 # ---
 
+# %% [markdown]
+# # 9 Attacking the models
+
 # %% tags=["parameters"]
 # where and how
 data = "auto"  # auto: the full CIFAR-10 where it is found, else the embedded sample; cifar10; cifar10-sample
@@ -65,8 +68,6 @@ names = (*settings.ConvSettings.names(), *settings.HeadSettings.names(), "data",
 parameters = settings.of_notebook(globals(), *dict.fromkeys(names))
 
 # %% [markdown]
-# # 9 Attacking the models
-#
 # How far must an image move before the model is fooled? The fast gradient sign method (eq. 7.3) moves every pixel of every
 # colour by the same amount $\varepsilon$, in the direction that raises the loss. The smallest $\varepsilon$ that makes the model wrong is the image's
 # *adversarial radius* $\rho$. Here it is found for every test image that the model gets right and is at least 80% sure of:

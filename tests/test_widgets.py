@@ -375,7 +375,7 @@ def test_the_lab_shows_what_the_library_computes(shown, sample):
     page = shown(AttackLab(networks, sample.test_images[:3].numpy(), labels.numpy(), sample.classes))
     page.wait_for_function("!document.querySelector('.khnb-pictures .khnb-facts').innerText.includes('…')", timeout=60000)
     expected = attacks.fgsm_radius(networks["LL"], images[:1], labels[:1]).item()
-    assert float(page.locator(".khnb-pictures dd").first.inner_text()) == pytest.approx(expected, abs=1e-4)
+    assert float(page.locator(".khnb-pictures dd").first.inner_text()) == pytest.approx(expected, abs=1.5e-4)  # shown with four decimals
 
     def bars():
         return np.array([float(text.split()[0]) / 100 for text in page.locator(".khnb-number").all_inner_texts()])

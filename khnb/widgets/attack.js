@@ -458,7 +458,7 @@ function render({ model, el }) {
   }
 
   async function drawRadii(i, x, label, wanted) {
-    const tell = (value) => (value === 0 ? "0 (wrong already)" : value === Infinity ? "never fooled, up to 1" : value.toFixed(6));
+    const tell = (value) => (value === 0 ? "0 (wrong already)" : value === Infinity ? "never fooled, up to 1" : value.toFixed(4));
     for (const { name, value } of radii) {
       const key = `radius ${name} ${i}`;
       value.textContent = known.has(key) ? tell(known.get(key)) : "…";

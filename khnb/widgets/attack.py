@@ -67,7 +67,7 @@ class AttackLab(anywidget.AnyWidget):
     labels : (N,) whole numbers, the true classes.
     classes : the names of the classes.
 
-    The weights travel as float16, so that a probability may differ from the network's own in the third decimal.
+    The weights travel as float16: probabilities may differ from the network's own in the fourth decimal, and so may radii.
     Synced traits: ``image`` (number of the image, from 0), ``model_name``, ``attack`` ("FGSM" or "PGD"), ``epsilon``
     (FGSM), ``step`` and ``radius`` (PGD); the last three in units of the pixel range.
     ``TypeError`` or ``ValueError`` on anything outside this.

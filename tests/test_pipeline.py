@@ -1,0 +1,436 @@
+"""From settings to records and back to networks, on 60 real images."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from khnb import attacks, learning, pipeline, robustness, training
+from khnb import data as datasets
+from khnb.pipeline import Checkpoint, Run, bp_model, conv_layer, fgsm_attack, ll_model, models_of, network, pick_device
+from khnb.results import Store, record_id
+from khnb.settings import PARAMETERS, ConvSettings, HeadSettings, check, of_notebook
+
+CONV = ConvSettings(K=3, w=6, m=2, conv_epochs=3, conv_batch=2000, conv_eta0=0.05)
+HEAD = HeadSettings(sigma="relu", n=2, w_pool=9, s_pool=9, head_epochs=3, head_batch=20, head_eta0=0.01)
+
+
+def cut(sample, train=60, test=40, name="tiny", skip=0):
+    """The first images of the sample as a data set of its own."""
+    parts = {}
+    for split, count in dict(train=train, test=test).items():
+        for field in ("images", "labels", "index"):
+            parts[f"{split}_{field}"] = getattr(sample, f"{split}_{field}")[skip : skip + count].clone()
+    sha256 = {s: datasets.digest(parts[f"{s}_images"].numpy(), parts[f"{s}_labels"].numpy()) for s in ("train", "test")}
+    return replace(sample, name=name, sha256=sha256, **parts)
+
+
+@pytest.fixture(scope="module")
+def tiny(sample):
+    return cut(sample)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Checkpoints of these tests stay in their own folder."""
+    monkeypatch.setattr(pipeline, "cache_dir", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def notes():
+    return []
+
+
+@pytest.fixture
+def run(tiny, tmp_path, notes):
+    return Run(tiny, Store(tmp_path / "store"), "cpu", notes.append)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """A store with an LL model, its layer and a BP model, trained without interruption."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(pipeline, "cache_dir", lambda: tmp_path_factory.mktemp("cache"))
+    run = Run(tiny, Store(tmp_path_factory.mktemp("trained")), "cpu", lambda text: None)
+    records = dict(LL=ll_model(run, CONV, HEAD), BP=bp_model(run, 3, 6, HEAD))
+    patch.undo()
+    return run, records
+
+
+def no_training(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("nothing was to be computed")
+
+    monkeypatch.setattr(training, "train", fail)
+    monkeypatch.setattr(learning, "train_layer", fail)
+    monkeypatch.setattr(attacks, "fgsm_radius", fail)
+
+
+def same(one, two):
+    """Two histories without their times."""
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in one] == [
+        {k: v for k, v in row.items() if k != "seconds"} for row in two
+    ]
+
+
+MAKE = {
+    "layer": lambda run: conv_layer(run, CONV),
+    "LL": lambda run: ll_model(run, CONV, HEAD),
+    "BP": lambda run: bp_model(run, 3, 6, HEAD),
+}
+
+
+class TestOnce:
+    @pytest.mark.parametrize("what", MAKE)
+    def test_the_second_call_computes_nothing(self, what, run, notes, monkeypatch, cache):
+        first = MAKE[what](run)
+        assert any("training on 60 images of tiny, epoch 1 to 3" in note for note in notes)
+        assert not list(cache.rglob("*.pt"))
+        notes.clear()
+        no_training(monkeypatch)
+        assert MAKE[what](run) == first
+        assert len(notes) == 1 and f"record {first['id']} from the store, computed on tiny, {first['started'][:10]}" in notes[0]
+
+    def test_another_hyperparameter_is_computed(self, trained, monkeypatch):
+        run, _ = trained
+        no_training(monkeypatch)
+        for other in (replace(HEAD, head_eta0=0.02), replace(HEAD, seed=1), replace(HEAD, n=3)):
+            with pytest.raises(AssertionError, match="nothing was to be computed"):
+                bp_model(run, 3, 6, other)
+            with pytest.raises(AssertionError, match="nothing was to be computed"):
+                ll_model(run, CONV, other)
+        assert bp_model(run, 2, 6, HEAD, train=False) is None
+
+    def test_another_head_takes_the_same_layer(self, run, monkeypatch):
+        first = ll_model(run, CONV, HEAD)
+        monkeypatch.setattr(learning, "train_layer", None)
+        second = ll_model(run, CONV, replace(HEAD, head_epochs=1))
+        assert second["id"] != first["id"] and second["layer"] == first["layer"]
+
+    def test_either_feature_dtype_is_taken(self, trained, monkeypatch):
+        run, records = trained
+        no_training(monkeypatch)
+        assert ll_model(run, CONV, HEAD, "bfloat16") == records["LL"]
+
+    def test_impossible_shapes_are_refused_first(self, run, notes):
+        with pytest.raises(ValueError, match="w_pool=28.*27 x 27"):
+            ll_model(run, CONV, replace(HEAD, w_pool=28))
+        with pytest.raises(ValueError, match="w_pool=28.*27 x 27"):
+            bp_model(run, 3, 6, replace(HEAD, w_pool=28))
+        assert notes == []
+
+
+class TestRecords:
+    def test_layer(self, trained):
+        run, records = trained
+        (record,) = run.store.find("layer")
+        arrays = run.store.arrays(record)
+        layer = learning.train_layer(run.data.train_images, CONV, "cpu", None, pipeline.SNAPSHOTS)
+        assert torch.equal(torch.from_numpy(arrays["weight"]), layer.weight) and record["id"] == records["LL"]["layer"]
+        assert arrays["epochs"].tolist() == [0, 1, 2] and arrays["snapshots"].shape == (3, 9, 3, 6, 6)
+        assert record["results"]["f_score_1e4"] == learning.f_score(layer.weight, CONV.p, 1e-4)
+        assert record["asked"] == CONV.dict() and len(record["results"]["history"]) == 3
+
+    @pytest.mark.parametrize("kind", ["LL", "BP"])
+    def test_results_are_those_of_the_network(self, trained, kind):
+        run, records = trained
+        model, found = network(records[kind], run.store), records[kind]["results"]
+        top, guess = training.predict(model, run.data.test_images).softmax(1).max(1)
+        right = guess == run.data.test_labels
+        assert found["test_accuracy"] == right.double().mean().item() and found["test_images"] == 40
+        assert found["confident_and_correct"] == int((right & (top >= 0.8)).sum())
+        assert [row["epoch"] for row in found["history"]] == [1, 2, 3]
+        assert records[kind]["asked"]["model"] == kind
+
+    @pytest.mark.parametrize("kind", ["LL", "BP"])
+    def test_network_gives_the_very_logits_of_the_trained_model(self, kind, run, monkeypatch):
+        seen, train = [], training.train
+        monkeypatch.setattr(training, "train", lambda model, *a, **k: (seen.append(model), train(model, *a, **k))[1])
+        back = network(MAKE[kind](run), run.store)
+        (model,) = seen
+        assert not back.training and back.head == HEAD
+        assert torch.equal(training.predict(back, run.data.test_images), training.predict(model.eval(), run.data.test_images))
+
+    def test_damaged_arrays_are_named(self, run):
+        record = bp_model(run, 3, 6, HEAD)
+        (run.store.root / "arrays" / f"{record['id']}.npz").write_bytes(b"")
+        with pytest.raises(ValueError, match=f"{record['id']}.npz.*delete the record"):
+            network(record, run.store)
+
+    def test_a_damaged_record_is_computed_again(self, run, notes):
+        record = bp_model(run, 3, 6, HEAD)
+        run.store.path("model", record["id"]).write_text("{")
+        with pytest.warns(Warning, match="damaged"):
+            again = bp_model(run, 3, 6, HEAD)
+        same(again["results"]["history"], record["results"]["history"])
+        assert run.store.get("model", record["asked"], run.data) == again
+
+
+class Stop(Exception):
+    pass
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("what", MAKE)
+    @pytest.mark.parametrize("after", [1, 2])
+    def test_a_resumed_run_equals_an_uninterrupted_one(self, what, after, run, notes, trained, monkeypatch, cache):
+        save = Checkpoint.save
+
+        def save_and_stop(self, state):
+            save(self, state, force=True)
+            if len(state["history"]) == after and (what != "LL" or "optimizer" in state):
+                raise Stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoint, "save", save_and_stop)
+            with pytest.raises(Stop):
+                MAKE[what](run)
+        (left,) = cache.rglob("*.pt")
+        notes.clear()
+        epochs, module, name = [], *((learning, "train_layer") if what == "layer" else (training, "train"))
+        original = getattr(module, name)
+
+        def counted(*given):
+            *given, last = given
+            return original(*given, lambda state: (epochs.append(1), last(state))[1])
+
+        monkeypatch.setattr(module, name, counted)
+        resumed = MAKE[what](run)
+        assert f"epoch {after + 1} to 3" in notes[-1] and len(epochs) == 3 - after and not left.exists()
+        full = trained[1].get(what) or trained[0].store.find("layer")[0]
+        assert resumed["id"] == full["id"]
+        same(resumed["results"].pop("history"), full["results"]["history"])
+        assert resumed["results"] == {k: v for k, v in full["results"].items() if k != "history"}
+        expected, got = trained[0].store.arrays(full), run.store.arrays(resumed)
+        assert set(expected) == set(got)
+        for key, value in expected.items():
+            np.testing.assert_array_equal(got[key], value, err_msg=key)
+
+    def test_a_damaged_one_is_named_and_left_aside(self, run, cache, trained):
+        asked = trained[1]["BP"]["asked"]
+        path = cache / "checkpoints" / f"{record_id('model', asked, run.data.sha256)}.pt"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"PK no checkpoint")
+        with pytest.warns(UserWarning, match=f"{path.name} is damaged.*from the beginning"):
+            record = bp_model(run, 3, 6, HEAD)
+        same(record["results"]["history"], trained[1]["BP"]["results"]["history"])
+
+    def test_a_pickle_is_never_run(self, cache, tmp_path):
+        target = tmp_path / "ran"
+
+        class Evil:
+            def __reduce__(self):
+                return Path.touch, (target,)
+
+        checkpoint = Checkpoint("x")
+        checkpoint.path.parent.mkdir(parents=True)
+        for write in (lambda: torch.save(dict(history=[Evil()]), checkpoint.path), lambda: checkpoint.path.write_bytes(pickle.dumps(Evil()))):
+            write()
+            with pytest.warns(UserWarning, match="damaged"):
+                assert checkpoint.load() is None
+            assert not target.exists()
+
+    def test_comes_back_as_it_was(self, cache):
+        checkpoint, state = Checkpoint("x"), dict(weight=torch.randn(3), history=[dict(epoch=1, loss=0.5)], snapshots={0: torch.ones(2)})
+        assert checkpoint.load() is None
+        checkpoint.save(state)
+        assert checkpoint.load() is None  # not yet: the last one is less than 30 s old
+        checkpoint.save(state, force=True)
+        back = checkpoint.load()
+        assert torch.equal(back.pop("weight"), state.pop("weight")) and torch.equal(back["snapshots"].pop(0), state["snapshots"].pop(0))
+        assert back == state
+        checkpoint.clear(), checkpoint.clear()
+        assert checkpoint.load() is None
+
+    def test_is_saved_every_so_often(self, cache, monkeypatch):
+        now = [0.0]
+        monkeypatch.setattr(pipeline.time, "monotonic", lambda: now[0])
+        checkpoint, saved = Checkpoint("x"), []
+        for now[0] in range(0, 100, 10):
+            checkpoint.save(dict(at=now[0]))
+            saved.append((checkpoint.load() or dict(at=None))["at"])
+        assert saved == [None, None, None, None, 40, 40, 40, 40, 80, 80]
+
+
+class TestAttack:
+    @pytest.mark.parametrize("kind", ["LL", "BP"])
+    def test_radii_of_the_confident_and_correct(self, trained, kind, monkeypatch):
+        run, records = trained
+        record = fgsm_attack(run, records[kind], 0.15)
+        model, arrays = network(records[kind], run.store), run.store.arrays(record)
+        top, guess = training.predict(model, run.data.test_images).softmax(1).max(1)
+        chosen = torch.nonzero((guess == run.data.test_labels) & (top >= 0.15))[:, 0]
+        assert len(chosen) > 0 and arrays["images"].tolist() == chosen.tolist()
+        images = training.to_float(run.data.test_images[chosen])
+        expected = attacks.fgsm_radius(model, images, run.data.test_labels[chosen]).numpy()
+        np.testing.assert_allclose(arrays["radii"], expected, rtol=0, atol=2e-6)  # another batch rounds otherwise
+        assert arrays["radii"].dtype == np.float64 and (arrays["radii"] > 0).all()
+        assert record["results"]["fit"] == robustness.fit(arrays["radii"]).dict() and record["asked"]["of"] == records[kind]["id"]
+        assert record["results"]["accuracy"] == records[kind]["results"]["test_accuracy"]
+        no_training(monkeypatch)
+        assert fgsm_attack(run, records[kind], 0.15) == record
+
+    def test_nobody_is_confident(self, trained):
+        run, records = trained
+        record = fgsm_attack(run, records["BP"], 1.0)
+        assert record["results"]["fit"]["status"] == "too-few" and record["results"]["fit"]["n"] == 0
+        assert run.store.arrays(record)["radii"].shape == (0,)
+
+    def test_confidence_counts(self, trained):
+        run, records = trained
+        assert fgsm_attack(run, records["LL"], 0.15)["id"] != fgsm_attack(run, records["LL"], 0.2)["id"]
+
+    def test_of_this_model_and_no_other(self, run, sample):
+        """Same settings, same test images, but trained on other images: another model, other radii."""
+        full = cut(sample, name="cifar10", skip=100)
+        there = bp_model(replace(run, data=full), 3, 6, HEAD)
+        here = bp_model(run, 3, 6, HEAD)
+        first = fgsm_attack(run, there, 0.0)
+        second = fgsm_attack(run, here, 0.0)
+        assert (first["asked"]["of"], second["asked"]["of"]) == (there["id"], here["id"])
+
+
+class TestEvidence:
+    @pytest.fixture
+    def full(self, run, sample):
+        """A record made on "the full set"."""
+        return bp_model(replace(run, data=cut(sample, name="cifar10", skip=100)), 3, 6, HEAD)
+
+    def test_is_taken_only_where_allowed(self, run, full, notes):
+        assert bp_model(run, 3, 6, HEAD, train=False) is None
+        notes.clear()
+        assert bp_model(replace(run, evidence=True), 3, 6, HEAD, train=False) == full
+        assert "computed on full CIFAR-10" in notes[0]
+
+    def test_own_images_come_first(self, run, full):
+        own = bp_model(run, 3, 6, HEAD)
+        assert own["id"] != full["id"] and bp_model(replace(run, evidence=True), 3, 6, HEAD) == own
+
+    def test_only_the_full_set_is_evidence(self, run, sample):
+        bp_model(replace(run, data=cut(sample, name="mnist", skip=100)), 3, 6, HEAD)
+        assert bp_model(replace(run, evidence=True), 3, 6, HEAD, train=False) is None
+
+    @pytest.mark.parametrize("name, evidence", [("auto", True), ("cifar10-sample", False), ("cifar10", False)])
+    def test_only_with_data_auto(self, name, evidence, tiny, tmp_path, monkeypatch):
+        asked = []
+        monkeypatch.setattr(datasets, "load", lambda name: (asked.append(name), tiny)[1])
+        run = Run.of(dict(data=name, device="cpu"), store=Store(tmp_path))
+        assert run.evidence is evidence and asked == [name] and run.device == "cpu" and run.data is tiny
+        assert run.shape == (3, 32, 10)
+
+
+class TestModelsOf:
+    parameters = {name: p.default for name, p in PARAMETERS.items()} | CONV.dict() | HEAD.dict() | dict(bp_sigma="relu", bp_epochs=3)
+
+    def test_both_from_the_store(self, trained, monkeypatch):
+        run, records = trained
+        no_training(monkeypatch)
+        assert models_of(run, self.parameters | dict(bp="stored")) == models_of(run, self.parameters | dict(bp="train")) == records
+        assert models_of(run, self.parameters | dict(bp="none")) == dict(LL=records["LL"])
+
+    def test_the_twin_has_its_own_activation_and_epochs(self, trained, notes):
+        run = replace(trained[0], note=notes.append)
+        assert "BP" not in models_of(run, self.parameters | dict(bp="stored", bp_sigma="elu"))
+        assert "BP" not in models_of(run, self.parameters | dict(bp="stored", bp_epochs=4))
+        assert notes[-1] == "BP model: the store has none for these parameters; -p bp train trains it."
+
+    def test_at_a_terminal(self, tiny, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("KHNB_RESULTS", str(tmp_path / "store"))
+        monkeypatch.setattr(datasets, "load", lambda name: tiny)
+        given = dict(self.parameters, device="cpu", bp="train", confidence=0.15)
+        pipeline.main([json.dumps(given)])
+        lines = [line for line in capsys.readouterr().out.splitlines() if ": accuracy " in line]
+        found = {r["asked"]["model"]: r for r in Store(tmp_path / "store").find("model")}
+        assert [line.split(":")[0] for line in lines] == [f"{kind} {found[kind]['id']}" for kind in ("LL", "BP")]
+        assert f"accuracy {found['BP']['results']['test_accuracy']:.4f}" in lines[1]
+
+    def test_a_misspelt_name_at_a_terminal(self):
+        with pytest.raises(ValueError, match="unknown parameter 'Kk'"):
+            pipeline.main(['{"Kk": 20}'])
+
+
+class TestDevice:
+    def test_auto(self):
+        assert pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu") and pick_device("cpu") == torch.device("cpu")
+
+    @pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "cpu:x"])
+    def test_one_that_is_not_there(self, name):
+        with pytest.raises(ValueError, match=f"device={name!r} cannot be used .*; try device='cpu'") as caught:
+            pick_device(name)
+        assert "\n" not in str(caught.value)
+
+    def test_one_without_numbers(self):
+        with pytest.raises(ValueError, match="meta"):  # tensors without content: no model can be trained there
+            pick_device("meta")
+
+
+class TestProgress:
+    @pytest.mark.parametrize("wish, shown", [("1", True), ("0", False), (None, False)])
+    def test_only_where_somebody_watches(self, wish, shown, monkeypatch):
+        monkeypatch.setenv("CI", "1")
+        monkeypatch.delenv("KHNB_PROGRESS", raising=False)
+        if wish:
+            monkeypatch.setenv("KHNB_PROGRESS", wish)
+        with pipeline.progress(3, "x", "epoch") as bar:
+            assert bar.disable is not shown
+
+
+class TestOfNotebook:
+    """What a notebook does right after its parameters cell."""
+
+    names = ("K", "w", "m", "sigma", "conv_eta0", "seed")
+    cell = dict(K=20, w=4, m=3, sigma="gelu", conv_eta0=1e-3, seed=0)
+
+    def read(self, **more):
+        rest = dict(__name__="__main__", _i="x", _=3, np=np, In=["x"], Out={}, get_ipython=print)  # as in a kernel
+        return of_notebook(rest | self.cell | more, *self.names)
+
+    def test_clean_values(self):
+        assert self.read() == self.cell
+        found = self.read(K=20.0, conv_eta0=1, sigma="GELU")
+        assert found == self.cell | dict(conv_eta0=1.0) and type(found["K"]) is int and type(found["conv_eta0"]) is float
+
+    @pytest.mark.parametrize("name, value, near", [("sigm", "relu", "sigma"), ("conv_eta", 0.1, "conv_eta0"), ("k", 3, None), ("bp", "none", None)])
+    def test_a_misspelt_name_lists_the_valid_ones(self, name, value, near):
+        with pytest.raises(ValueError) as caught:
+            self.read(**{name: value})
+        text = str(caught.value)
+        assert f"unknown parameter {name!r}" in text and text.endswith("Valid parameters: " + ", ".join(self.names))
+        assert (f"did you mean {near}?" in text) == (near is not None)
+
+    @pytest.mark.parametrize(
+        "name, value, valid",
+        [
+            ("K", 1, "whole number from 2 to 100"), ("K", 101, "whole number from 2 to 100"), ("K", 2.5, "whole number from 2 to 100"),
+            ("K", "20", "whole number"), ("K", True, "whole number"), ("m", 1, "whole number >= 2"), ("conv_eta0", -1e-3, "number >= 0"),
+            ("conv_eta0", float("nan"), "number >= 0"), ("conv_eta0", float("inf"), "number >= 0"), ("sigma", "swish", "one of sigmoid, tanh"),
+            ("sigma", 3, "one of sigmoid, tanh"), ("seed", -1, "whole number from 0"),
+        ],
+    )
+    def test_out_of_range(self, name, value, valid):
+        with pytest.raises(ValueError, match=f"^{name}=.* is not valid.*must be {valid}"):
+            self.read(**{name: value})
+
+    @pytest.mark.parametrize("value", [None, [1], np.float64, {}])
+    def test_missing_or_no_plain_value(self, value):
+        with pytest.raises(ValueError, match="parameters m are missing.*Valid parameters: K, w, m, sigma"):
+            self.read(m=value)
+        with pytest.raises(ValueError, match="parameters K, w, m, sigma, conv_eta0, seed are missing"):
+            of_notebook({}, *self.names)
+
+    def test_every_default_is_valid(self):
+        defaults = {name: p.default for name, p in PARAMETERS.items()}
+        assert check(defaults) == defaults == of_notebook(defaults, *PARAMETERS)
+        assert all(p.range and p.meaning for p in PARAMETERS.values())
+
+    def test_m_and_n_depend_on_others(self):
+        with pytest.raises(ValueError, match=r"m=5.*2 to K\^2 = 4"):
+            ConvSettings(K=2, m=5)
+        with pytest.raises(ValueError, match="n=2.5.*gelu.*whole power"):
+            HeadSettings(n=2.5)
+        assert HeadSettings(n=2.5, sigma="relu").n == 2.5 and HeadSettings(w_pool=1).s_pool == 1
