@@ -1,6 +1,6 @@
 """From settings to records: what the store holds is used, what it lacks is computed, checkpointed and stored.
 
-``python -m khnb.pipeline '{"K": 20, "bp": "train"}'`` does it at a terminal.
+``python -m khnb.pipeline sweeps/first-light.json`` or ``... '{"K": 20, "bp": "train"}'`` does it at a terminal.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -217,7 +218,8 @@ def models_of(run: Run, parameters: dict) -> dict[str, dict]:
     """The records a notebook's parameters ask for: ``LL``, and ``BP`` as the parameter ``bp`` says."""
     found = dict(LL=ll_model(run, ConvSettings.of(parameters), HeadSettings.of(parameters), parameters["feature_dtype"]))
     if parameters["bp"] != "none":
-        head = HeadSettings.of(parameters | dict(sigma=parameters["bp_sigma"], head_epochs=parameters["bp_epochs"]))
+        own = dict(sigma=parameters["bp_sigma"], head_epochs=parameters["bp_epochs"], head_batch=parameters["bp_batch"])
+        head = HeadSettings.of(parameters | own)
         twin = bp_model(run, parameters["K"], parameters["w"], head, train=parameters["bp"] == "train")
         if twin:
             found["BP"] = twin
@@ -269,9 +271,19 @@ def fgsm_attack(run: Run, model_record: dict, confidence: float = 0.8) -> dict:
 
 
 def main(words: list[str]) -> None:
-    """Train and attack each model named by a JSON object, e.g. ``{"K": 20, "bp": "train"}``; defaults for the rest."""
+    """Train and attack each model named by a JSON object, e.g. ``{"K": 20, "bp": "train"}``, or by a file that holds a list of them.
+
+    What is not named has its default. ``ValueError`` before anything runs where one of them is wrong.
+    """
+    asked = []
     for word in words:
-        parameters = {name: p.default for name, p in PARAMETERS.items()} | check(json.loads(word))
+        text = Path(word).read_text() if word.endswith(".json") else word
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{word} is no JSON ({error}); expected an object, or a file with a list of them") from error
+        asked += found if isinstance(found, list) else [found]
+    for parameters in [{name: p.default for name, p in PARAMETERS.items()} | check(given) for given in asked]:
         run = Run.of(parameters)
         for kind, record in models_of(run, parameters).items():
             attack = fgsm_attack(run, record, parameters["confidence"])

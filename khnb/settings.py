@@ -99,6 +99,7 @@ PARAMETERS: dict[str, Parameter] = {
     # the BP twin, where it differs from the LL model
     "bp_sigma": Parameter(ACTIVATIONS, "elu", "activation function of the BP twin"),
     "bp_epochs": Parameter(int, 70, "passes over all images of the BP twin", 1),
+    "bp_batch": Parameter(int, 1000, "images an update of the BP twin", 1),
     # how to run
     "data": Parameter(("auto", "cifar10", "cifar10-sample"), "auto", "which images: auto takes the full set where it is found"),
     "device": Parameter(str, "auto", "auto, cpu, cuda or cuda:N"),

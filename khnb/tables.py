@@ -50,7 +50,8 @@ def html(rows) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
     body = "".join(line((row[key] for key in rows[0]), "td") for row in rows)
-    return f'<table class="table"><thead>{line(rows[0], "th")}</thead><tbody>{body}</tbody></table>'
+    table = f'<table class="table"><thead>{line(rows[0], "th")}</thead><tbody>{body}</tbody></table>'
+    return f'<div style="overflow-x: auto">{table}</div>'  # on a narrow screen the table scrolls, not the page
 
 
 def thesis(name: str, folder: Path = REFERENCE) -> list[dict[str, str]]:

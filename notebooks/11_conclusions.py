@@ -46,7 +46,7 @@ for record in Store().find("attack", attack="fgsm", confidence=0.8):
     asked, fit = record["asked"], record["results"]["fit"]
     if record["data"]["name"] != "cifar10":
         continue
-    names = dict.fromkeys((*tables.ENSEMBLE[asked["model"]], "sigma"))
+    names = dict.fromkeys((*tables.ENSEMBLE[asked["model"]], "sigma", *(["head_batch"] if asked["model"] == "BP" else [])))
     rows.append({
         "model": asked["model"],
         "hyperparameters": ", ".join(f"{k} {asked[k]:g}" if k != "sigma" else asked[k] for k in names),

@@ -1,10 +1,35 @@
 """Data that several tests share, read once a run. All of it is real; none of it is downloaded."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 import khnb.data
+
+# What the tests compute is small: more threads bring nothing, and wait for each other where the machine has other work.
+torch.set_num_threads(1)
+
+
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split() + ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A Chromium that is already on this machine, which can reach nothing but it. ``KHNB_CHROMIUM`` names another one."""
+    program = os.environ.get("KHNB_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no Chromium on this machine: install the package chromium, or name a browser in KHNB_CHROMIUM")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

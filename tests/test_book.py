@@ -6,7 +6,6 @@ already on the machine, with every other host blocked. ``KHNB_CHROMIUM`` names a
 
 import functools
 import json
-import os
 import re
 import shutil
 import threading
@@ -23,10 +22,6 @@ BOOK = ROOT / "book"
 HTML = BOOK / "_build" / "html"
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 PAGES = [TOC["root"]] + [chapter["file"] for part in TOC["parts"] for chapter in part["chapters"]]
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split() + ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 VIEW = "application/vnd.jupyter.widget-view+json"
 STATE = "application/vnd.jupyter.widget-state+json"
 
@@ -58,18 +53,6 @@ def test_no_static_folder_that_every_page_would_load():
 
 
 # A browser
-
-
-@pytest.fixture(scope="session")
-def browser():
-    program = os.environ.get("KHNB_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no Chromium on this machine: install the package chromium, or name a browser in KHNB_CHROMIUM")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, headless=True, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 class Visit:
@@ -302,7 +285,7 @@ class TestBuiltPages:
                         .filter((el) => !el.querySelector("mjx-container")).map((el) => el.textContent),
                     wrong: [...document.querySelectorAll("mjx-merror, [data-mjx-error]")].map((el) => el.textContent),
                     unshown: (document.querySelector("article").textContent
-                        .match(/<?(IPython\\.core|Figure size)[^>]*>|<[\\w.]+ object at 0x|\\{glue/g) ?? []),
+                        .match(/<?(IPython\\.core|Figure size)[^>]*>|<[\\w.]+ object at 0x|\\{glue|\\| -+ \\|/g) ?? []),
                     flat: [...document.querySelectorAll("article mjx-container, article .khnb-widget")]
                         .filter((el) => el.getBoundingClientRect().height === 0).length,
                     broken: [...document.images].filter((el) => el.complete && !el.naturalWidth).map((el) => el.src),
@@ -312,6 +295,15 @@ class TestBuiltPages:
             assert look == {"untypeset": [], "wrong": [], "unshown": [], "flat": 0, "broken": [], "mounted": views}
             assert not visit.strangers
             assert not visit.wrong
+
+    @pytest.mark.parametrize("name", PAGES)
+    def test_it_fits_a_telephone(self, name, homes, browser):
+        with Visit(browser, f"{homes['folder']}/{name}.html", homes["folder"]) as visit:
+            visit.page.set_viewport_size({"width": 390, "height": 800})
+            visit.wait_for_widgets()
+            wide = "() => [document.documentElement.scrollWidth, window.innerWidth]"
+            page, window = visit.page.evaluate(wide)
+            assert page <= window, f"the page is {page} px wide, the window {window}"
 
     @pytest.mark.parametrize("home", ["folder", "http"])
     def test_the_first_page_leads_to_the_introduction(self, home, homes, browser):

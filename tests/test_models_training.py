@@ -1,6 +1,7 @@
 """The architecture of fig. 6.1, its activation functions, and both ways of training, on real digits."""
 
 import copy
+import functools
 import io
 
 import numpy as np
@@ -113,7 +114,10 @@ class TestArchitecture:
         assert darker.abs().max() > 1e-3  # no patch normalisation, which would make both equal
 
     @pytest.mark.parametrize("channels, side, w, w_pool", [(1, 28, 4, 5), (3, 32, 4, 5), (3, 32, 8, 1), (1, 28, 12, 9)])
-    def test_the_fused_path_of_training_is_the_plain_one(self, channels, side, w, w_pool, monkeypatch):
+    @pytest.mark.parametrize("threads", [1, 3])
+    def test_the_fused_path_of_training_is_the_plain_one(self, channels, side, w, w_pool, threads, monkeypatch, request):
+        request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+        torch.set_num_threads(threads)
         images = torch.rand((5, channels, side, side), generator=torch.Generator().manual_seed(0))
         labels = torch.tensor([0, 1, 2, 3, 4])
         found = []

@@ -325,7 +325,7 @@ class TestEvidence:
 
 
 class TestModelsOf:
-    parameters = {name: p.default for name, p in PARAMETERS.items()} | CONV.dict() | HEAD.dict() | dict(bp_sigma="relu", bp_epochs=3)
+    parameters = {name: p.default for name, p in PARAMETERS.items()} | CONV.dict() | HEAD.dict() | dict(bp_sigma="relu", bp_epochs=3, bp_batch=HEAD.head_batch)
 
     def test_both_from_the_store(self, trained, monkeypatch):
         run, records = trained
@@ -348,6 +348,28 @@ class TestModelsOf:
         found = {r["asked"]["model"]: r for r in Store(tmp_path / "store").find("model")}
         assert [line.split(":")[0] for line in lines] == [f"{kind} {found[kind]['id']}" for kind in ("LL", "BP")]
         assert f"accuracy {found['BP']['results']['test_accuracy']:.4f}" in lines[1]
+
+    def test_a_file_of_models_at_a_terminal(self, tiny, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("KHNB_RESULTS", str(tmp_path / "store"))
+        monkeypatch.setattr(datasets, "load", lambda name: tiny)
+        given = dict(self.parameters, device="cpu", confidence=0.15)
+        grid = tmp_path / "grid.json"
+        grid.write_text(json.dumps([given, dict(given, n=2)]))
+        pipeline.main([str(grid)])
+        assert {r["asked"]["n"] for r in Store(tmp_path / "store").find("model")} == {2.0, float(given.get("n", 4))}
+        grid.write_text(json.dumps([given, dict(given, n=0)]))
+        with pytest.raises(ValueError, match="n=0 is not valid"):  # before the first one is looked at
+            pipeline.main([str(grid)])
+        with pytest.raises(ValueError, match="is no JSON"):
+            pipeline.main(["K=20"])
+
+    @pytest.mark.parametrize("grid", sorted((Path(__file__).parents[1] / "sweeps").glob("*.json")), ids=lambda path: path.stem)
+    def test_the_committed_grids_are_valid(self, grid, monkeypatch):
+        asked = []
+        monkeypatch.setattr(pipeline.Run, "of", lambda parameters: asked.append(parameters))
+        monkeypatch.setattr(pipeline, "models_of", lambda run, parameters: {})
+        pipeline.main([str(grid)])
+        assert asked and all(ConvSettings.of(p) and HeadSettings.of(p) for p in asked)
 
     def test_a_misspelt_name_at_a_terminal(self):
         with pytest.raises(ValueError, match="unknown parameter 'Kk'"):

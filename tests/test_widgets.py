@@ -294,20 +294,6 @@ def page_of(widget) -> str:
     return pattern.sub(lambda match: json.dumps(given[match[1]]).replace("</", "<\\/"), PAGE)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no page can be opened")
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("Chromium is not installed: the widgets cannot be shown here")
-    with sync_api.sync_playwright() as play:
-        opened = play.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        )
-        yield opened
-        opened.close()
-
-
 @pytest.fixture
 def shown(browser):
     """Shows a widget at a width; no error may come up while the test looks at it."""
