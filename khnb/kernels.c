@@ -1,83 +1,219 @@
-/* What plain tensor operations do slowly on a CPU. Of the KH rule: gathering unit-norm patches at random places, and
-   finding the winner and the m-th most active neuron of every patch. Of the BP twin: convolution and max-pooling in
-   one pass over the image, and their gradient, which only the places that won the pooling have. */
+/* What plain tensor operations do slowly on a CPU. Of the KH rule: whole minibatches of it, with the activities of a few
+   patches at a time in the nearest cache, where the winner and the m-th most active neuron are found. Of the BP twin:
+   convolution and max-pooling in one pass over the image, and their gradient, which only the places that won the pooling
+   have. */
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+#define VL 16
+#define ROWS 12 /* filters computed together: their sums fill the registers */
+#else
+#define VL 8
+#define ROWS 6
+#endif
+#define LANES (2 * VL) /* patches side by side */
+#define MOST 8         /* largest m served */
+typedef float vf __attribute__((vector_size(4 * VL), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(4 * VL), aligned(4)));
+
+#define CHOOSE(mask, a, b) ((vf)(((vi)(a) & (mask)) | ((vi)(b) & ~(mask))))
+static inline int any(vi a)
+{
+    int32_t all = 0;
+    for (int i = 0; i < VL; i++) all |= a[i];
+    return all != 0;
+}
+
+/* Activities of all filters (packed ROWS at a time, padded) for LANES patches: h[f][lane], and the best m values. */
+static inline __attribute__((always_inline)) void
+activities(const float *columns, const float *packed, int64_t F, int64_t D, int m, float *h, vf best[MOST][2])
+{
+    for (int r = 0; r < m; r++) best[r][0] = best[r][1] = (vf){0} - INFINITY;
+    for (int64_t f = 0; f < F; f += ROWS, packed += ROWS * D) {
+        vf sum[ROWS][2];
+        for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = (vf){0};
+        for (int64_t d = 0; d < D; d++) {
+            vf a = *(const vf *)(columns + d * LANES), b = *(const vf *)(columns + d * LANES + VL);
+            for (int i = 0; i < ROWS; i++) {
+                float x = packed[d * ROWS + i];
+                sum[i][0] += a * x;
+                sum[i][1] += b * x;
+            }
+        }
+        for (int i = 0; i < ROWS && f + i < F; i++)
+            for (int q = 0; q < 2; q++) {
+                vf x = sum[i][q];
+                *(vf *)(h + (f + i) * LANES + q * VL) = x;
+                for (int r = 0; r < m; r++) {
+                    vf y = best[r][q];
+                    vi more = x > y;
+                    best[r][q] = CHOOSE(more, x, y);
+                    x = CHOOSE(more, y, x);
+                }
+            }
+    }
+}
+
+#define CASE(M) case M: activities(columns, packed, F, D, M, h, best); break;
+
+static void select_lanes(const float *columns, const float *packed, int64_t F, int64_t D, int m, float *h, int32_t *winner,
+                         int32_t *inhibited)
+{
+    vf best[MOST][2];
+    switch (m) { CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
+    for (int q = 0; q < 2; q++) {
+        vf first = best[0][q], last = best[m - 1][q];
+        vi at_first = (vi){0} - 1, at_last = at_first;
+        for (int64_t f = F - 1; f >= 0; f--) { /* downwards: of equals the lowest index stays */
+            vf x = *(const vf *)(h + f * LANES + q * VL);
+            vi number = (vi){0} + (int32_t)f, a = x == first, b = x == last;
+            at_first = (number & a) | (at_first & ~a);
+            at_last = (number & b) | (at_last & ~b);
+        }
+        *(vi *)(winner + q * VL) = at_first;
+        *(vi *)(inhibited + q * VL) = at_last;
+        if (any(best[m - 2][q] == last)) /* a tie with the next better: the m-th is a later one of the equals */
+            for (int j = 0; j < VL; j++) {
+                int above = 0;
+                for (int r = 0; r < m - 1; r++) above += best[r][q][j] == last[j];
+                for (int64_t f = 0; f < F; f++)
+                    if (h[f * LANES + q * VL + j] == last[j] && above-- == 0) { inhibited[q * VL + j] = (int32_t)f; break; }
+            }
+    }
+}
 
 static inline __attribute__((always_inline)) void
-unit_patch(const uint8_t *from, int64_t C, int64_t H, int64_t W, int64_t w, int p, float *patch)
+row(const uint8_t *from, int64_t C, int64_t H, int64_t W, int64_t w, float *to)
 {
-    float *to = patch, sum = 0;
     for (int64_t c = 0; c < C; c++)
         for (int64_t r = 0; r < w; r++, to += w)
             for (int64_t j = 0; j < w; j++) to[j] = from[(c * H + r) * W + j] * (1 / 255.0f);
-    for (int64_t d = 0; d < C * w * w; d++) {
-        float power = patch[d];
-        for (int q = 1; q < p; q++) power *= patch[d];
-        sum += power;
-    }
-    float scale = sum > 0 ? 1 / powf(sum, 1.0f / p) : 0;
-    for (int64_t d = 0; d < C * w * w; d++) patch[d] *= scale;
 }
 
-/* Patches number ids[0..count) of uint8 images (C, H, W), counted image by image and row by row, as floats of
-   unit p-norm; an all-zero patch stays zero. p is a whole number. */
-void khnb_patches(const uint8_t *images, int64_t C, int64_t H, int64_t W, int64_t w, const int64_t *ids,
-                  int64_t count, int p, float *out)
+/* Patches number ids[0..count) of uint8 images (C, H, W), counted image by image and row by row, of values v / 255: as
+   rows (count, D), and as columns (blocks, D, LANES), LANES patches side by side, the last block padded with zeros. */
+void khnb_gather(const uint8_t *images, int64_t C, int64_t H, int64_t W, int64_t w, const int64_t *ids, int64_t count,
+                 float *rows, float *columns)
 {
-    int64_t across = W - w + 1, each = (H - w + 1) * across, size = C * w * w;
-    for (int64_t i = 0; i < count; i++) {
-        int64_t place = ids[i] % each;
-        const uint8_t *from = images + ids[i] / each * C * H * W + place / across * W + place % across;
-        float *patch = out + i * size;
-        if (w == 4 && C == 3 && p == 2) unit_patch(from, 3, H, W, 4, 2, patch); /* the usual case, unrolled */
-        else if (w == 4) unit_patch(from, C, H, W, 4, p, patch);
-        else unit_patch(from, C, H, W, w, p, patch);
-    }
-}
-
-#define LANES 16 /* patches side by side: one cache line of floats */
-
-static inline __attribute__((always_inline)) void
-block(const float *h, int64_t neurons, int64_t stride, int lanes, int m, int64_t *winner, int64_t *inhibited)
-{
-    float best[16][LANES];
-    int32_t at[16][LANES];
-    for (int r = 0; r < m; r++)
-        for (int j = 0; j < LANES; j++) { best[r][j] = -INFINITY; at[r][j] = r; }
-    for (int64_t f = 0; f < neurons; f++) {
-        float x[LANES];
-        int any = 0;
-        for (int j = 0; j < LANES; j++) x[j] = lanes == LANES || j < lanes ? h[f * stride + j] : -INFINITY;
-        for (int j = 0; j < LANES; j++) any |= x[j] > best[m - 1][j];
-        if (!any) continue; /* nearly always: few neurons enter the best m */
-        for (int r = m - 1; r >= 0; r--)
-            for (int j = 0; j < LANES; j++) {
-                int here = x[j] > best[r][j]; /* strictly: an equal, later neuron ranks lower */
-                int above = r > 0 && x[j] > best[r ? r - 1 : 0][j];
-                float value = above ? best[r ? r - 1 : 0][j] : x[j];
-                int32_t index = above ? at[r ? r - 1 : 0][j] : (int32_t)f;
-                best[r][j] = here ? value : best[r][j];
-                at[r][j] = here ? index : at[r][j];
+    int64_t across = W - w + 1, each = (H - w + 1) * across, D = C * w * w;
+    for (int64_t b = 0; b < count; b += LANES, rows += LANES * D, columns += LANES * D) {
+        int64_t here = count - b < LANES ? count - b : LANES;
+        for (int64_t j = 0; j < here; j++) {
+            int64_t place = ids[b + j] % each;
+            const uint8_t *from = images + ids[b + j] / each * C * H * W + place / across * W + place % across;
+            switch (w) { /* the usual widths, unrolled */
+            case 4: row(from, C, H, W, 4, rows + j * D); break;
+            case 8: row(from, C, H, W, 8, rows + j * D); break;
+            case 12: row(from, C, H, W, 12, rows + j * D); break;
+            default: row(from, C, H, W, w, rows + j * D);
+            }
+        }
+        if (here < LANES) memset(columns, 0, sizeof(float) * LANES * D);
+        for (int64_t d = 0; d < D; d += 16) /* in pieces that stay in the nearest cache */
+            for (int64_t j = 0; j < here; j++) {
+                const float *piece = rows + j * D + d;
+                float *to = columns + d * LANES + j;
+                if (d + 16 <= D)
+                    for (int64_t i = 0; i < 16; i++) to[i * LANES] = piece[i];
+                else
+                    for (int64_t i = 0; i < D - d; i++) to[i * LANES] = piece[i];
             }
     }
-    for (int j = 0; j < lanes; j++) { winner[j] = at[0][j]; inhibited[j] = at[m - 1][j]; }
 }
 
-#define CASE(M) case M: \
-    for (j = 0; j + LANES <= patches; j += LANES) block(h + j, neurons, patches, LANES, M, winner + j, inhibited + j); \
-    if (j < patches) block(h + j, neurons, patches, (int)(patches - j), M, winner + j, inhibited + j); \
-    return 0;
-
-/* Winner and m-th of each column of h (neurons, patches); ties: lower index ranks higher.
-   0 when done, 1 when m is not served here. */
-int khnb_rank(const float *h, int64_t neurons, int64_t patches, int m, int64_t *winner, int64_t *inhibited)
+static inline __attribute__((always_inline)) void
+inverse_norms(const float *rows, int64_t count, int64_t D, int p, float *scales)
 {
-    int64_t j;
-    switch (m) {
-        CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-        default: return 1;
+    for (int64_t i = 0; i < count; i++, rows += D) {
+        float sum = 0;
+        for (int64_t d = 0; d < D; d++) {
+            float power = rows[d];
+            for (int q = 1; q < p; q++) power *= rows[d];
+            sum += power;
+        }
+        scales[i] = sum > 0 ? 1 / (p == 2 ? sqrtf(sum) : powf(sum, 1.0f / p)) : 0;
     }
+}
+
+/* 1 / p-norm of each row, 0 for an all-zero one. */
+void khnb_scales(const float *rows, int64_t count, int64_t D, int p, float *scales)
+{
+    switch (p) { /* the usual orders, unrolled */
+    case 2: inverse_norms(rows, count, D, 2, scales); break;
+    case 3: inverse_norms(rows, count, D, 3, scales); break;
+    case 4: inverse_norms(rows, count, D, 4, scales); break;
+    case 5: inverse_norms(rows, count, D, 5, scales); break;
+    case 6: inverse_norms(rows, count, D, 6, scales); break;
+    default: inverse_norms(rows, count, D, p, scales);
+    }
+}
+
+/* What a caller must know to make room: patches side by side, filters computed together, largest m. */
+void khnb_sizes(int64_t *sizes)
+{
+    sizes[0] = LANES;
+    sizes[1] = ROWS;
+    sizes[2] = MOST;
+}
+
+/* Updates of one layer (eqs. 4.3-4.7), one minibatch after the other: rows, columns and scales (1 / p-norm) as made above,
+   weight (F, D) changed in place, wins (F) counted up. by_q: neurons are ranked by Q; by_max: an update is divided by its
+   largest entry, else by the number of patches. scratch: groups * ROWS * (D + LANES) + F * (D + 2) floats, where groups is
+   F / ROWS rounded up. Returns how many updates were done: fewer than asked where one stops being finite. */
+int64_t khnb_learn(const float *rows, const float *columns, const float *scales, int64_t batch, int64_t updates, int64_t D,
+                   float *weight, int64_t F, int p, int m, float delta, float eta, int by_q, int by_max, int64_t *wins,
+                   float *scratch)
+{
+    int64_t blocks = (batch + LANES - 1) / LANES, groups = (F + ROWS - 1) / ROWS;
+    float *packed = scratch, *h = packed + groups * ROWS * D, *change = h + groups * ROWS * LANES, *sums = change + F * D,
+          *size = sums + F;
+    memset(packed, 0, sizeof(float) * groups * ROWS * D);
+    for (int64_t u = 0; u < updates; u++, rows += batch * D, columns += blocks * D * LANES, scales += batch) {
+        for (int64_t f = 0; f < F; f++) { /* sgn(W) |W|^(p-1), side by side for ROWS filters */
+            const float *from = weight + f * D;
+            float *to = packed + f / ROWS * ROWS * D + f % ROWS, total = 0;
+            for (int64_t d = 0; d < D; d++) {
+                float x = from[d], a = fabsf(x);
+                for (int q = 2; q < p; q++) x *= a;
+                to[d * ROWS] = x;
+                total += fabsf(x) * a;
+            }
+            size[f] = 1;
+            if (by_q && total > 0) {
+                size[f] = powf(total, (p - 1.0f) / p);
+                for (int64_t d = 0; d < D; d++) to[d * ROWS] /= size[f];
+            }
+        }
+        memset(change, 0, sizeof(float) * (F * D + F));
+        for (int64_t b = 0; b < blocks; b++) {
+            int32_t winner[LANES], inhibited[LANES];
+            select_lanes(columns + b * D * LANES, packed, F, D, m, h, winner, inhibited);
+            for (int64_t j = 0; j < LANES && b * LANES + j < batch; j++) {
+                const float *v = rows + (b * LANES + j) * D;
+                int64_t k = winner[j], l = inhibited[j];
+                if (k < 0 || l < 0) return u; /* no neuron is the best: an activity is not a number */
+                float scale = scales[b * LANES + j], minus = -delta * scale, *up = change + k * D, *down = change + l * D;
+                for (int64_t d = 0; d < D; d++) up[d] += scale * v[d];
+                for (int64_t d = 0; d < D; d++) down[d] += minus * v[d];
+                sums[k] += scale * h[k * LANES + j] * size[k];
+                sums[l] += minus * h[l * LANES + j] * size[l];
+                wins[k]++;
+            }
+        }
+        float most = 0, total = 0;
+        for (int64_t f = 0; f < F; f++)
+            for (int64_t d = 0; d < D; d++) {
+                float x = change[f * D + d] -= sums[f] * weight[f * D + d];
+                most = fabsf(x) > most ? fabsf(x) : most;
+                total += x * 0; /* not a number as soon as one of them is none, or infinite */
+            }
+        if (!(total == 0)) return u;
+        float step = eta / (!by_max ? batch : most > 1e-30f ? most : 1e-30f);
+        for (int64_t i = 0; i < F * D; i++) weight[i] += step * change[i];
+    }
+    return updates;
 }
 
 typedef float v8 __attribute__((vector_size(32), aligned(4)));

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from khnb import patches
 
 
-def synapses(weight: Tensor, p: float) -> Tensor:
-    """sgn(W)|W|^(p-1): the inner product of eq. 4.3, <W_k, v>_k, is a plain product with these."""
-    return weight if p == 2 else weight.sign() * weight.abs().pow(p - 1)
+def synapses(weight: Tensor, p: float | Tensor) -> Tensor:
+    """sgn(W)|W|^(p-1): the inner product of eq. 4.3, <W_k, v>_k, is a plain product with these.
+
+    weight : (..., C*w*w) or (..., C, w, w), float; p : a number, or a tensor that can be broadcast to it.
+    """
+    return weight if isinstance(p, (int, float)) and p == 2 else weight.sign() * weight.abs().pow(p - 1)
 
 
 class KHConv2d(nn.Module):

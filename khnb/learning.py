@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -11,10 +13,12 @@ from torch import Tensor
 
 from khnb import native, patches
 from khnb.layer import synapses
-from khnb.settings import ConvSettings, check_geometry
+from khnb.settings import RANKS, ConvSettings, check_geometry
 
 COLLAPSED = 0.15  # section 8.1.2 and fig. 8.6: a layer with f below this shows the Blue Wall of Death
-CHUNK = 1000  # images whose patches are in memory, and shuffled, together
+ALIVE = 0.9  # share of neurons with a positive weight below which one that forms is recognised
+BLUE_WALL, NOT_FINITE = "blue wall of death", "not finite"
+PATCH_BYTES = 16 * 2**20  # of patches gathered at a time
 
 
 def schedule(name: str, eta0: float, t: float, T: float, tau: float = 2.5, gamma: float = 0.5, s_step: int = 10) -> float:
@@ -38,22 +42,23 @@ def schedule(name: str, eta0: float, t: float, T: float, tau: float = 2.5, gamma
     raise ValueError(f"unknown schedule {name!r}; valid: constant, linear, exponential, cosine, step")
 
 
-def rank(activity: Tensor, m: int) -> tuple[Tensor, Tensor]:
+def rank(score: Tensor, m) -> tuple[Tensor, Tensor]:
     """Indices of the most active and of the m-th most active neuron.
 
-    activity : (F, N), one column a patch. Returns two (N,) int64 tensors. On a tie the lower index ranks
-    higher: ``max`` returns the first of equal values, so ``m`` rounds of it are an exact partial sort. A
-    compiled kernel does the same several times faster where it can (:mod:`khnb.native`).
+    score : (..., F, N), one column a patch; m : a number, or one for each entry of the first axis. Returns two int64 tensors
+    (..., N). On a tie the lower index ranks higher: ``max`` returns the first of equal values, so rounds of it are an exact
+    partial sort.
     """
-    ranked = native.rank(activity, m)
-    if ranked is not None:
-        return ranked
-    activity = activity.clone()
-    winner = index = activity.max(0).indices
-    for _ in range(m - 1):
-        activity.scatter_(0, index[None], -math.inf)
-        index = activity.max(0).indices
-    return winner, index
+    most = max(m) if isinstance(m, (list, tuple)) else m
+    if most > 16:
+        order = score.sort(dim=-2, descending=True, stable=True).indices.movedim(-2, 0)
+    else:
+        order, score = [score.max(-2).indices], score.clone()
+        for _ in range(most - 1):
+            score.scatter_(-2, order[-1].unsqueeze(-2), -math.inf)
+            order.append(score.max(-2).indices)
+    last = order[m - 1] if isinstance(m, int) else torch.stack([order[rank - 1][i] for i, rank in enumerate(m)])
+    return order[0], last
 
 
 def kh_update(weight: Tensor, patches: Tensor, m: int, delta: float, p: float, rank: str = "activity") -> Tensor:
@@ -83,28 +88,27 @@ def kh_update(weight: Tensor, patches: Tensor, m: int, delta: float, p: float, r
         raise ValueError(f"m={m} is not valid: rank m must be from 2 to the number of filters, {weight.shape[0]}")
     if not delta >= 0 or not p >= 2:
         raise ValueError(f"delta={delta}, p={p} are not valid: delta must be >= 0 and p >= 2")
-    if rank not in ("activity", "Q"):
+    if rank not in RANKS:
         raise ValueError(f'rank={rank!r} is not valid: "activity" or "Q"')
-    return _update(weight, patches, m, delta, p, rank)[0]
+    return _changes(weight, patches, weight.new_ones(len(patches)), m, delta, p, rank == "Q")[0]
 
 
-def _update(weight, patches, m, delta, p, by="activity"):
-    """kh_update without checks; also returns the winners."""
-    activity = synapses(weight, p) @ patches.T  # F, N
-    ranked = activity
-    if by == "Q":
-        size = weight.abs().pow(p).sum(1, keepdim=True)  # <W, W> = sum |W|^p
-        ranked = activity / torch.where(size > 0, size, 1).pow((p - 1) / p)
-    winner, inhibited = rank(ranked, m)
+def _changes(weight, patches, scales, m, delta, p, by_q):
+    """kh_update without checks, and the winners; patches (N, D) as they are, scales (..., N) their 1 / p-norm.
 
-    def gather(index):  # sums of v and of <W_k, v> over the patches of each neuron
-        sums = torch.zeros_like(weight).index_add_(0, index, patches)
-        return sums, weight.new_zeros(len(weight)).index_add_(0, index, activity.gather(0, index[None])[0])
-
-    (hebb, h), (anti, h_anti) = gather(winner), gather(inhibited)
-    hebb.sub_(anti, alpha=delta)
-    h.sub_(h_anti, alpha=delta)
-    return hebb.addcmul_(h[:, None], weight, value=-1), winner
+    Of one layer, or of several at once: weight (G, F, D), scales (G, N), m a list of G, delta and p (G, 1, 1). The sums
+    over patches are products with the matrix g of eq. 4.6, so their order, and so the result, is the same every time.
+    """
+    activity = torch.matmul(synapses(weight, p), patches.T)  # ..., F, N
+    score = activity
+    if by_q:
+        size = weight.abs().pow(p).sum(-1, keepdim=True)  # <W, W> = sum |W|^p
+        score = activity / torch.where(size > 0, size, 1).pow((p - 1) / p)
+    winner, inhibited = rank(score, m)
+    scales = scales.unsqueeze(-2)
+    g = torch.zeros_like(activity).scatter_(-2, winner.unsqueeze(-2), scales)
+    g.scatter_(-2, inhibited.unsqueeze(-2), -delta * scales)
+    return torch.matmul(g, patches) - (g * activity).sum(-1, keepdim=True) * weight, winner
 
 
 def is_feature(weight: Tensor, p: float, tol: float = 1e-6) -> Tensor:
@@ -126,8 +130,10 @@ def f_score(weight: Tensor, p: float, tol: float = 1e-6) -> float:
 class Layer:
     """A trained KH layer: filters (F, C, w, w) float32, and what happened on the way.
 
-    ``history`` holds one row an epoch (epoch, learning rate, mean norm, winners, f at two tolerances, seconds);
-    ``wins`` (F,) is each neuron's share of the last epoch's patches; ``snapshots`` maps epoch -> filters.
+    ``history`` holds one row an epoch: epoch, learning rate, mean norm, winners (neurons that won a patch), alive (neurons with
+    any positive weight), f at two tolerances, seconds (this layer's part of the time its group took). ``wins`` (F,) is each
+    neuron's share of the last epoch's patches; ``snapshots`` maps epoch -> filters. ``stopped`` says why training ended
+    early: ``""``, ``"blue wall of death"`` or ``"not finite"``.
     """
 
     settings: ConvSettings
@@ -135,12 +141,18 @@ class Layer:
     history: list[dict] = field(default_factory=list)
     wins: Tensor | None = None
     snapshots: dict[int, Tensor] = field(default_factory=dict)
+    stopped: str = ""
 
     @property
     def collapsed(self) -> bool:
-        """The Blue Wall of Death: fewer than 15% features, and almost all patches won by fewer than m neurons."""
-        few = self.wins is not None and self.wins.sort(descending=True).values[: self.settings.m - 1].sum() > 0.99
-        return bool(few) and f_score(self.weight, self.settings.p, 1e-4) < COLLAPSED
+        """The Blue Wall of Death: fewer than 15% features, and neurons that no patch can excite any more.
+
+        Patches have no negative values, so a neuron without a positive weight is never among the winners for good; at least a
+        tenth of them like that was never seen in a layer that came to something, and always, long before the end, in
+        those that did not.
+        """
+        alive = (self.weight.flatten(1) > 0).any(1).double().mean().item()
+        return alive < ALIVE and f_score(self.weight, self.settings.p, 1e-4) < COLLAPSED
 
 
 def initial_filters(settings: ConvSettings, channels: int) -> Tensor:
@@ -150,16 +162,17 @@ def initial_filters(settings: ConvSettings, channels: int) -> Tensor:
     return torch.randn(shape, generator=generator) * settings.init_std + settings.init_mean
 
 
-def minibatches(images: int, each: int, size: int, generator: torch.Generator):
+def minibatches(images: int, each: int, size: int, generator: torch.Generator, chunk: int = 1000, share: float = 1.0):
     """One epoch of patch numbers, ``size`` at a time, every patch at most once, in random order.
 
-    images, each : how many images, and patches in each. Images are shuffled, then taken CHUNK at a time; the patches of
-    a chunk are shuffled together, and what does not fill a minibatch waits for the next chunk. The few left over at
-    the end are dropped, unless there is no full minibatch at all. Yields (size,) int64.
+    images, each : how many images, and patches in each. Images are shuffled, and a ``share`` of them taken, ``chunk`` at a time;
+    the patches of a chunk are shuffled together, and what does not fill a minibatch waits for the next chunk. The few left
+    over at the end are dropped, unless there is no full minibatch at all. Yields (size,) int64.
     """
     rest, full = torch.empty(0, dtype=torch.int64), False
-    for chunk in torch.randperm(images, generator=generator).split(CHUNK):
-        pool = torch.cat([rest, (chunk[:, None] * each + torch.arange(each)).flatten()])
+    taken = torch.randperm(images, generator=generator)[: max(1, round(share * images))]
+    for part in taken.split(chunk):
+        pool = torch.cat([rest, (part[:, None] * each + torch.arange(each)).flatten()])
         pool = pool[torch.randperm(len(pool), generator=generator)]
         whole = len(pool) // size * size
         yield from pool[:whole].split(size) if whole else ()
@@ -168,67 +181,181 @@ def minibatches(images: int, each: int, size: int, generator: torch.Generator):
         yield rest
 
 
-def train_layer(
-    images: Tensor,
-    settings: ConvSettings,
-    device: torch.device | str = "cpu",
-    layer: Layer | None = None,
-    snapshots=(),
-    after_epoch=None,
-    rank: str = "activity",
-) -> Layer:
-    """Train one KH layer on all patches of the images (chapter 4; section 8.1).
+@dataclass
+class _Run:
+    """A layer while it learns: the filters flat (F, D), where it is computed."""
 
-    A minibatch is ``conv_batch`` patches. Its summed update (:func:`kh_update`) is divided by its largest
-    absolute entry and multiplied by the learning rate of the epoch: the thesis leaves the scale open, and
-    this is the convention, that of the published Krotov-Hopfield script, that reproduces its numbers.
+    layer: Layer
+    weight: Tensor
+    wins: Tensor
+    eta: float = 0.0
+    stopped: str = ""
+
+
+def _learn_native(images, runs, ids, pool):
+    """The compiled kernels: one layer a task, while the patches of the next minibatches are gathered."""
+    w, orders = runs[0].layer.settings.w, {run.layer.settings.p for run in runs}
+
+    def prepare(room=None):
+        chunk = next(ids, None)
+        return chunk if chunk is None else native.gather(images, chunk, w, orders, room)
+
+    def learn(run, found):
+        s = run.layer.settings
+        by = s.conv_rank == "Q", s.conv_scale == "max"
+        return native.learn(found, run.weight, run.wins, s.p, s.m, s.delta, run.eta, *by) == len(found.rows)
+
+    coming, used = pool.submit(prepare), None
+    while (found := coming.result()) is not None:
+        coming = pool.submit(prepare, used)
+        active = [run for run in runs if not run.stopped]
+        for run, finite in zip(active, pool.map(learn, active, [found] * len(active)), strict=True):
+            run.stopped = "" if finite else NOT_FINITE
+        used = found
+        yield len(found.rows)
+
+
+def _learn_torch(images, runs, ids):
+    """Plain PyTorch on any device: layers of equal K and equal conventions in one product."""
+    groups = {}
+    for run in runs:
+        s = run.layer.settings
+        groups.setdefault((s.K, s.conv_rank, s.conv_scale), []).append(run)
+    for chunk in ids:
+        for batch in chunk:
+            v = patches.chosen(images, batch.to(images.device), runs[0].layer.settings.w)
+            scales = {p: patches.scales(v, p) for p in {run.layer.settings.p for run in runs}}
+            for (_, by, scale), group in groups.items():
+                group = [run for run in group if not run.stopped]
+                if not group:
+                    continue
+                settings = [run.layer.settings for run in group]
+
+                def column(name, like=v, settings=settings):
+                    return like.new_tensor([getattr(s, name) for s in settings])[:, None, None]
+
+                weight = torch.stack([run.weight for run in group])
+                change, winner = _changes(
+                    weight, v, torch.stack([scales[s.p] for s in settings]), [s.m for s in settings], column("delta"), column("p"), by == "Q"
+                )
+                most = change.abs().amax((1, 2)).clamp_min(1e-30) if scale == "max" else float(len(v))
+                weight += change * (v.new_tensor([run.eta for run in group]) / most)[:, None, None]
+                for run, updated, won in zip(group, weight, winner, strict=True):
+                    run.weight = updated
+                    run.wins += torch.bincount(won, minlength=len(updated))
+        for run in runs:
+            run.stopped = run.stopped or ("" if run.weight.isfinite().all() else NOT_FINITE)
+        yield len(chunk)
+
+
+def _close_epoch(run: _Run, channels: int, snapshots, seconds: float) -> None:
+    """What is known at the end of an epoch goes into the layer."""
+    layer, s = run.layer, run.layer.settings
+    layer.weight = run.weight.reshape(-1, channels, s.w, s.w).cpu().clone()
+    layer.wins = (run.wins / run.wins.sum().clamp_min(1)).float().cpu()
+    layer.stopped = run.stopped
+    flat = layer.weight.flatten(1).double()
+    layer.history.append(
+        dict(
+            epoch=len(layer.history) + 1, eta=run.eta, norm=torch.linalg.vector_norm(flat, ord=s.p, dim=1).mean().item(),
+            winners=int((run.wins > 0).sum()), alive=int((flat > 0).any(1).sum()),
+            f_1e6=f_score(layer.weight, s.p), f_1e4=f_score(layer.weight, s.p, 1e-4), seconds=seconds,
+        )
+    )
+    if len(layer.history) in snapshots:
+        layer.snapshots[len(layer.history)] = layer.weight.clone()
+
+
+def train_layers(
+    images: Tensor, settings: list[ConvSettings], device: torch.device | str = "cpu", layers: list[Layer] | None = None,
+    snapshots=(), after_epoch=None, stop_collapsed: bool = False, until: int | None = None, tell=None,
+) -> list[Layer]:
+    """Train KH layers on the patches of the images, all layers on the same ones (chapter 4; section 8.1).
+
+    A minibatch is ``conv_batch`` patches. A layer's summed update (:func:`kh_update`) is divided by its largest absolute
+    entry and multiplied by the learning rate of the epoch: the thesis leaves the scale open, and this is the
+    convention, that of the published Krotov-Hopfield script, that reproduces its numbers.
+
+    Layers with equal w, conv_batch, conv_order, conv_chunk and conv_share go together: each patch is gathered once for all of
+    them. Each learns as it would alone. On the CPU a compiled kernel (:mod:`khnb.native`) serves uint8 images, m up to 8 and
+    whole p; all else runs in PyTorch.
 
     Parameters
     ----------
     images : (N, C, H, W) uint8 (values 0..255) or float in [0, 1].
-    layer : a layer to go on from (its history tells the epoch). Epochs draw their order from (seed, epoch),
-        so a resumed run equals an uninterrupted one.
+    settings : one for each layer.
+    layers : layers to go on from, in the same order (their histories tell the epoch). Epochs draw their order from
+        (conv_order, epoch), so a resumed run equals an uninterrupted one.
     snapshots : epochs after which the filters are kept; 0 is the start.
-    after_epoch : called with the layer after every epoch (progress, checkpoints).
+    after_epoch : called with the list of all layers after every epoch of a group (checkpoints).
+    stop_collapsed : a layer that has met the Blue Wall of Death is given up at the end of the epoch.
+    until : stop after this epoch, on the way of the schedule over all ``conv_epochs``.
+    tell : called with (layers, updates) whenever some are done (progress).
 
-    Raises ``ValueError`` for images that do not fit, ``FloatingPointError`` naming the epoch when filters stop
-    being finite.
+    Memory beyond the images: about 100 MB for the patches at hand, and a few times the filters. A layer whose filters stop
+    being finite is given up, the others go on; :attr:`Layer.stopped` says so. Raises ``ValueError`` for images that do not fit.
     """
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (images, channels, height, width)")
-    check_geometry(min(images.shape[2:]), settings.w, 1)
-    s, channels = settings, images.shape[1]
-    each = (images.shape[2] - s.w + 1) * (images.shape[3] - s.w + 1)
-    if layer is None:
-        layer = Layer(s, initial_filters(s, channels))
-        if 0 in snapshots:
+    for s in settings:
+        check_geometry(min(images.shape[2:]), s.w, 1)
+    if layers is None:
+        layers = [Layer(s, initial_filters(s, images.shape[1])) for s in settings]
+        for layer in layers if 0 in snapshots else ():
             layer.snapshots[0] = layer.weight.clone()
+    if [layer.settings for layer in layers] != list(settings):
+        raise ValueError("the layers to go on from were made with other settings")
     images = images.to(device).contiguous()
-    weight = layer.weight.to(device).flatten(1)
-    for epoch in range(len(layer.history), s.conv_epochs):
-        started = time.perf_counter()
-        eta = schedule(s.conv_scheduler, s.conv_eta0, epoch, s.conv_epochs, s.tau, s.gamma, s.s_step)
-        generator = torch.Generator().manual_seed((s.seed * 1_000_003 + epoch + 1) % 2**63)
-        wins = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
-        for ids in minibatches(len(images), each, s.conv_batch, generator):
-            v = patches.unit(images, ids.to(device), s.w, s.p)
-            change, winner = _update(weight, v, s.m, s.delta, s.p, rank)
-            weight += change * (eta / change.abs().max().clamp_min(1e-30))
-            wins += torch.bincount(winner, minlength=len(weight))
-        if not weight.isfinite().all():
-            raise FloatingPointError(f"the filters stopped being finite in epoch {epoch + 1}: lower conv_eta0={s.conv_eta0}")
-        layer.weight = weight.reshape(-1, channels, s.w, s.w).cpu().clone()
-        layer.wins = (wins / wins.sum()).float().cpu()
-        size = torch.linalg.vector_norm(layer.weight.flatten(1).double(), ord=s.p, dim=1)
-        layer.history.append(
-            dict(
-                epoch=epoch + 1, eta=eta, norm=size.mean().item(), winners=int((wins > 0).sum()),
-                f_1e6=f_score(layer.weight, s.p), f_1e4=f_score(layer.weight, s.p, 1e-4),
-                seconds=time.perf_counter() - started,
-            )
-        )
-        if epoch + 1 in snapshots:
-            layer.snapshots[epoch + 1] = layer.weight.clone()
-        if after_epoch:
-            after_epoch(layer)
+
+    def last(layer):
+        return min(layer.settings.conv_epochs, until or layer.settings.conv_epochs)
+
+    groups = {}
+    for layer in layers:
+        s = layer.settings
+        key = native.learns(images, s.m, s.p), s.w, s.conv_batch, s.conv_order, s.conv_chunk, s.conv_share
+        groups.setdefault(key, []).append(layer)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for key, group in groups.items():
+            while unfinished := [layer for layer in group if not layer.stopped and len(layer.history) < last(layer)]:
+                epoch = min(len(layer.history) for layer in unfinished)
+                now = [layer for layer in unfinished if len(layer.history) == epoch]
+                _epoch(images, now, epoch, *key, snapshots, pool, tell)
+                for layer in now if stop_collapsed else ():
+                    layer.stopped = layer.stopped or (BLUE_WALL if layer.collapsed else "")
+                if after_epoch:
+                    after_epoch(layers)
+    return layers
+
+
+def _epoch(images, layers, epoch, served, w, batch, order, chunk, share, snapshots, pool, tell):
+    """One epoch of layers that share their patches."""
+    started = time.perf_counter()
+    each = (images.shape[2] - w + 1) * (images.shape[3] - w + 1)
+    generator = torch.Generator().manual_seed(order * 1_000_003 + epoch + 1)
+    parts = minibatches(len(images), each, batch, generator, chunk, share)
+    together = max(1, PATCH_BYTES // (8 * batch * images.shape[1] * w * w))
+    ids = (torch.stack(part) for part in iter(lambda: list(itertools.islice(parts, together)), []))
+    runs = []
+    for layer in layers:
+        s = layer.settings
+        flat = layer.weight.to(images.device).flatten(1).clone()
+        wins = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
+        runs.append(_Run(layer, flat, wins, schedule(s.conv_scheduler, s.conv_eta0, epoch, s.conv_epochs, s.tau, s.gamma, s.s_step)))
+    for updates in _learn_native(images, runs, ids, pool) if served else _learn_torch(images, runs, ids):
+        if tell:
+            tell(len(layers), updates)
+        if all(run.stopped for run in runs):
+            break
+    taken, filters = time.perf_counter() - started, sum(len(run.weight) for run in runs)
+    for run in runs:
+        _close_epoch(run, images.shape[1], snapshots, taken * len(run.weight) / filters)
+
+
+def train_layer(images: Tensor, settings: ConvSettings, device="cpu", layer: Layer | None = None, snapshots=(), after_epoch=None) -> Layer:
+    """One layer by :func:`train_layers`; ``FloatingPointError`` naming the epoch when its filters stop being finite."""
+    tell = after_epoch and (lambda layers: after_epoch(layers[0]))
+    (layer,) = train_layers(images, [settings], device, layer and [layer], snapshots, tell)
+    if layer.stopped == NOT_FINITE:
+        raise FloatingPointError(f"the filters stopped being finite in epoch {len(layer.history)}: lower conv_eta0={settings.conv_eta0}")
     return layer

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -56,43 +57,76 @@ def _library():
         library = ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError):
         return None
-    library.khnb_patches.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * 4 + [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
-    library.khnb_patches.restype = None
-    library.khnb_conv_pool.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * 5 + [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5 + [ctypes.c_void_p] * 3
-    library.khnb_conv_pool.restype = None
-    library.khnb_conv_pool_back.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * 5 + [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 2
-    library.khnb_conv_pool_back.restype = None
-    library.khnb_rank.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int] + [ctypes.c_void_p] * 2
+    number, place = ctypes.c_int64, ctypes.c_void_p
+    library.khnb_sizes.argtypes = [place]
+    library.khnb_gather.argtypes = [place] + [number] * 4 + [place, number, place, place]
+    library.khnb_scales.argtypes = [place, number, number, ctypes.c_int, place]
+    library.khnb_learn.argtypes = (
+        [place] * 3 + [number] * 3 + [place, number] + [ctypes.c_int] * 2 + [ctypes.c_float] * 2 + [ctypes.c_int] * 2 + [place] * 2
+    )
+    library.khnb_learn.restype = number
+    library.khnb_conv_pool.argtypes = [place] + [number] * 5 + [place] * 2 + [number] * 5 + [place] * 3
+    library.khnb_conv_pool_back.argtypes = [place] + [number] * 5 + [place] * 2 + [number] * 2 + [place] * 2
+    for name in ("sizes", "gather", "scales", "conv_pool", "conv_pool_back"):
+        getattr(library, f"khnb_{name}").restype = None
     return library
 
 
-def rank(activity: Tensor, m: int) -> tuple[Tensor, Tensor] | None:
-    """Winner and m-th of each column of a float32 CPU tensor (F, N), or ``None`` where this is not served."""
-    if activity.device.type != "cpu" or activity.dtype != torch.float32 or not activity.is_contiguous():
-        return None
-    library = _library()
-    if library is None:
-        return None
-    neurons, count = activity.shape
-    winner, inhibited = torch.empty((2, count), dtype=torch.int64)
-    done = library.khnb_rank(activity.data_ptr(), neurons, count, m, winner.data_ptr(), inhibited.data_ptr())
-    return (winner, inhibited) if done == 0 else None
+@functools.cache
+def _sizes() -> tuple[int, int, int]:
+    found = torch.empty(3, dtype=torch.int64)
+    _library().khnb_sizes(found.data_ptr())
+    return tuple(found.tolist())
 
 
-def unit_patches(images: Tensor, ids: Tensor, w: int, p: float) -> Tensor | None:
-    """What :func:`khnb.patches.unit` gives, for uint8 images on the CPU and a whole p; else ``None``."""
-    if images.device.type != "cpu" or images.dtype != torch.uint8 or not images.is_contiguous() or p != int(p):
-        return None
-    library = _library()
-    if library is None:
-        return None
+def learns(images: Tensor, m: int, p: float) -> bool:
+    """Whether :func:`gather` and :func:`learn` serve these images (uint8 on the CPU), this rank (at most 8) and order (whole)."""
+    fits = images.device.type == "cpu" and images.dtype == torch.uint8 and images.is_contiguous() and p == int(p)
+    return fits and _library() is not None and m <= _sizes()[2]
+
+
+@dataclass
+class Patches:
+    """Minibatches of patches as the kernels read them: raw values twice over, and 1 / p-norm for each p that was asked for."""
+
+    rows: Tensor  # (updates, batch, D)
+    columns: Tensor  # (updates, blocks, D, patches side by side)
+    scales: dict[float, Tensor]  # p -> (updates, batch)
+
+
+def gather(images: Tensor, ids: Tensor, w: int, orders, room: Patches | None = None) -> Patches:
+    """Patches number ids (updates, batch), counted image by image and row by row; ``orders``: each p that is needed.
+
+    ``room`` is one that is not needed any more: fresh memory costs as much as filling it.
+    """
     _, channels, height, width = images.shape
-    ids = ids.contiguous()
-    out = torch.empty((len(ids), channels * w * w))
-    library.khnb_patches(
-        images.data_ptr(), channels, height, width, w, ids.data_ptr(), len(ids), int(p), out.data_ptr()
+    updates, batch = ids.shape
+    size, lanes = channels * w * w, _sizes()[0]
+    if room is not None and room.rows.shape[1] == batch and len(room.rows) >= updates:
+        rows, columns = room.rows[:updates], room.columns[:updates]
+    else:
+        rows, columns = torch.empty(updates, batch, size), torch.empty(updates, -(-batch // lanes), size, lanes)
+    ids, scales = ids.contiguous(), {p: torch.empty(updates, batch) for p in set(orders)}
+    for u in range(updates):
+        _library().khnb_gather(
+            images.data_ptr(), channels, height, width, w, ids[u].data_ptr(), batch, rows[u].data_ptr(), columns[u].data_ptr()
+        )
+    for p, scale in scales.items():
+        _library().khnb_scales(rows.data_ptr(), updates * batch, size, int(p), scale.data_ptr())
+    return Patches(rows, columns, scales)
+
+
+def learn(patches: Patches, weight: Tensor, wins: Tensor, p, m, delta, eta, by_q: bool, by_max: bool) -> int:
+    """One update after the other of one layer, weight (F, D) float32 and wins (F,) int64 changed in place; how many were done."""
+    updates, batch, size = patches.rows.shape
+    lanes, together, _ = _sizes()
+    neurons = len(weight)
+    padded = -(-neurons // together) * together
+    scratch = torch.empty(padded * (size + lanes) + neurons * (size + 2))
+    return _library().khnb_learn(
+        patches.rows.data_ptr(), patches.columns.data_ptr(), patches.scales[p].data_ptr(), batch, updates, size,
+        weight.data_ptr(), neurons, int(p), m, delta, eta, by_q, by_max, wins.data_ptr(), scratch.data_ptr(),
     )
-    return out
 
 
 def _in_parts(count: int, work) -> list:

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from khnb import native
-
 
 def extract(images: Tensor, w: int) -> Tensor:
     """All patches of a batch, stride 1, no padding (eq. 6.5).
@@ -23,25 +21,27 @@ def extract(images: Tensor, w: int) -> Tensor:
 
 def normalise(patches: Tensor, p: float) -> Tensor:
     """Patches (..., D), float, scaled to unit p-norm along the last axis; an all-zero patch stays zero."""
-    norm = torch.linalg.vector_norm(patches, ord=p, dim=-1, keepdim=True)
-    return patches / torch.where(norm > 0, norm, 1)
+    return patches * scales(patches, p)[..., None]
 
 
-def unit(images: Tensor, ids: Tensor, w: int, p: float) -> Tensor:
-    """Chosen patches, scaled to unit p-norm.
+def chosen(images: Tensor, ids: Tensor, w: int) -> Tensor:
+    """Chosen patches.
 
-    images : (N, C, H, W) uint8 or float; ids : (B,) int64, patches counted image by image and, in each, row by row.
-    Returns (B, C*w*w) float32, in the order of :func:`extract`; an all-zero patch stays zero.
+    images : (N, C, H, W) uint8 (divided by 255) or float; ids : (B,) int64, patches counted image by image and, in each, row by
+    row. Returns (B, C*w*w) float32, in the order of :func:`extract`.
     """
-    made = native.unit_patches(images, ids, w, p)
-    if made is not None:
-        return made
     across = images.shape[3] - w + 1
     each = (images.shape[2] - w + 1) * across
     windows = images.unfold(2, w, 1).unfold(3, w, 1).permute(0, 2, 3, 1, 4, 5)
     image, place = ids // each, ids % each
-    chosen = windows[image, place // across, place % across].flatten(1).float()
-    return normalise(chosen / 255 if images.dtype == torch.uint8 else chosen, p)
+    found = windows[image, place // across, place % across].flatten(1).float()
+    return found / 255 if images.dtype == torch.uint8 else found
+
+
+def scales(patches: Tensor, p: float) -> Tensor:
+    """1 / p-norm of patches (..., D), float; 0 for an all-zero patch. Returns (...)."""
+    norm = torch.linalg.vector_norm(patches, ord=p, dim=-1)
+    return torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1), 0)
 
 
 def norms(images: Tensor, w: int, p: float) -> Tensor:

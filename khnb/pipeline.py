@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +104,7 @@ class Run:
         """The record of exactly this, if there is one."""
         record = self.store.get(kind, asked, self.data)
         if record is None and self.evidence:
-            record = next((r for r in self.store.find(kind, **asked) if r["data"]["name"] == "cifar10"), None)
+            record = next((r for r in self.store.find(kind, **asked) if r["data"]["name"] == "cifar10" and r["asked"] == asked), None)
         if record:
             origin = {"cifar10": "full CIFAR-10"}.get(record["data"]["name"], record["data"]["name"])
             self.note(f"{what}: record {record['id']} from the store, computed on {origin}, {record['started'][:10]}.")
@@ -114,42 +116,97 @@ class Run:
         return self.data.train_images.shape[1], self.data.train_images.shape[-1], len(self.data.classes)
 
 
+def conv_layers(run: Run, convs: list[ConvSettings]) -> list[dict]:
+    """Records of KH layers with these settings: the store's, or trained now, in lockstep, on the run's images and stored.
+
+    A layer that met the Blue Wall of Death, or whose filters stopped being finite, has its record as well: ``results.stopped``
+    and ``results.collapsed`` say so.
+    """
+    found = [run.find("layer", conv.dict(), "KH layer") for conv in convs]
+    missing = list(dict.fromkeys(conv for conv, record in zip(convs, found, strict=True) if record is None))
+    made = dict(zip(missing, _train_layers(run, missing), strict=True)) if missing else {}
+    return [record or made[conv] for conv, record in zip(convs, found, strict=True)]
+
+
 def conv_layer(run: Run, conv: ConvSettings) -> dict:
-    """Record of the KH layer with these settings: the store's, or trained now on the run's images and stored."""
-    record = run.find("layer", conv.dict(), "KH layer")
-    if record:
-        return record
-    device, data = pick_device(run.device), run.data
-    checkpoint = Checkpoint(record_id("layer", conv.dict(), data.sha256))
-    state, layer = checkpoint.load(), None
+    """The record of one KH layer: see :func:`conv_layers`."""
+    return conv_layers(run, [conv])[0]
+
+
+def _lockstep(run: Run, convs: list[ConvSettings], what: str, **more) -> list[learning.Layer]:
+    """:func:`khnb.learning.train_layers` with checkpoint and progress; the caller clears the checkpoint."""
+    data, checkpoint = run.data, _lockstep_checkpoint(run, convs, what)
+    state, layers, epochs = checkpoint.load(), None, sum(min(conv.conv_epochs, more.get("until") or conv.conv_epochs) for conv in convs)
     if state:
-        layer = learning.Layer(conv, state["weight"], state["history"], state["wins"], state["snapshots"])
-    done = len(layer.history) if layer else 0
-    run.note(f"KH layer: training on {len(data.train_images)} images of {data.name}, epoch {done + 1} to {conv.conv_epochs}.")
-    with progress(conv.conv_epochs, "KH layer", "epoch", done) as bar:
+        layers = [learning.Layer(conv, **kept) for conv, kept in zip(convs, state, strict=True)]
+    done = [len(layer.history) for layer in layers or []]
+    name = what if len(convs) == 1 else f"{len(convs)} {what}s in lockstep"
+    run.note(f"{name}: training on {len(data.train_images)} images of {data.name}, epoch {min(done, default=0) + 1} to {max(c.conv_epochs for c in convs)}.")
+    with progress(epochs, what, "epoch", sum(done)) as bar:
 
-        def after_epoch(layer):
-            bar.update()
-            bar.set_postfix(f=layer.history[-1]["f_1e4"], norm=layer.history[-1]["norm"])
-            checkpoint.save(dict(weight=layer.weight, history=layer.history, wins=layer.wins, snapshots=layer.snapshots))
+        def after_epoch(layers):
+            bar.update(sum(len(layer.history) for layer in layers) - bar.n)
+            bar.set_postfix(f=layers[0].history[-1]["f_1e4"], norm=layers[0].history[-1]["norm"]) if len(layers) == 1 else None
+            checkpoint.save([{name: getattr(layer, name) for name in ("weight", "history", "wins", "snapshots", "stopped")} for layer in layers])
 
-        layer = learning.train_layer(data.train_images, conv, device, layer, SNAPSHOTS, after_epoch)
-    snapshots = sorted(layer.snapshots)
-    record = run.store.put(
-        "layer", conv.dict(), data,
-        results=dict(
-            f_score=learning.f_score(layer.weight, conv.p), f_score_1e4=learning.f_score(layer.weight, conv.p, 1e-4),
-            collapsed=layer.collapsed, history=layer.history,
-        ),
-        arrays=dict(
-            weight=layer.weight.numpy(), wins=layer.wins.numpy(), epochs=np.array(snapshots),
-            # pictures of the way, not to be computed with: half precision
-            snapshots=np.stack([layer.snapshots[e].half().numpy() for e in snapshots]),
-        ),
-        wall_s=sum(row["seconds"] for row in layer.history), device=device,
-    )
-    checkpoint.clear()
-    return record
+        return learning.train_layers(data.train_images, convs, pick_device(run.device), layers, after_epoch=after_epoch, **more)
+
+
+def _lockstep_checkpoint(run, convs, what):
+    return Checkpoint(record_id(what, [conv.dict() for conv in convs], run.data.sha256))
+
+
+def _train_layers(run: Run, convs: list[ConvSettings]) -> list[dict]:
+    records = []
+    for layer in _lockstep(run, convs, "KH layer", snapshots=SNAPSHOTS):
+        snapshots = sorted(layer.snapshots)
+        record = run.store.put(
+            "layer", layer.settings.dict(), run.data,
+            results=dict(
+                f_score=learning.f_score(layer.weight, layer.settings.p), f_score_1e4=learning.f_score(layer.weight, layer.settings.p, 1e-4),
+                collapsed=layer.collapsed, stopped=layer.stopped, history=_finite(layer.history),
+            ),
+            arrays=dict(
+                weight=layer.weight.numpy(), wins=layer.wins.numpy(), epochs=np.array(snapshots),
+                # pictures of the way, not to be computed with: half precision
+                snapshots=np.stack([layer.snapshots[e].half().numpy() for e in snapshots]),
+            ),
+            wall_s=sum(row["seconds"] for row in layer.history), device=pick_device(run.device),
+        )
+        records.append(record)
+    _lockstep_checkpoint(run, convs, "KH layer").clear()
+    return records
+
+
+def _finite(history: list[dict]) -> list[dict]:
+    """Rows for a record, which holds no number that is not finite."""
+    return [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in history]
+
+
+def collapse_probes(run: Run, convs: list[ConvSettings], seeds: int, until: int) -> list[dict]:
+    """Records that say how many of ``seeds`` layers meet the Blue Wall of Death in the first ``until`` epochs of each setting.
+
+    All of them go in lockstep, on the same patches; the seeds 0 to seeds - 1 decide the initial filters (``conv.seed`` is not
+    looked at). With a small ``conv_share`` and many ``conv_epochs`` an epoch is a short stretch of the way.
+    """
+    asked = [{k: v for k, v in conv.dict().items() if k != "seed"} | dict(seeds=seeds, until=until) for conv in convs]
+    found = [run.find("probe", one, "probe") for one in asked]
+    missing = [i for i, record in enumerate(found) if record is None]
+    if missing:
+        each = [replace(convs[i], seed=seed) for i in missing for seed in range(seeds)]
+        layers = _lockstep(run, each, "probe", until=until, stop_collapsed=True)
+        for at, i in enumerate(missing):
+            mine = layers[at * seeds : (at + 1) * seeds]
+            found[i] = run.store.put(
+                "probe", asked[i], run.data,
+                results=dict(
+                    collapsed=[layer.collapsed for layer in mine], stopped=[layer.stopped for layer in mine],
+                    **{name: [[row[name] for row in _finite(layer.history)] for layer in mine] for name in ("f_1e4", "alive", "winners")},
+                ),
+                arrays={}, wall_s=sum(row["seconds"] for layer in mine for row in layer.history), device=pick_device(run.device),
+            )
+        _lockstep_checkpoint(run, each, "probe").clear()
+    return found
 
 
 def _train(run: Run, asked: dict, model: models.Network, inputs, started: float, what: str, **more) -> dict:
@@ -270,10 +327,19 @@ def fgsm_attack(run: Run, model_record: dict, confidence: float = 0.8) -> dict:
     )
 
 
-def main(words: list[str]) -> None:
-    """Train and attack each model named by a JSON object, e.g. ``{"K": 20, "bp": "train"}``, or by a file that holds a list of them.
+def expand(given: dict) -> list[dict]:
+    """One dictionary for each combination of the values that are given as lists."""
+    lists = {name: value for name, value in given.items() if isinstance(value, list)}
+    return [given | dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
-    What is not named has its default. ``ValueError`` before anything runs where one of them is wrong.
+
+def main(words: list[str]) -> None:
+    """Compute what JSON objects name, e.g. ``{"K": 20, "bp": "train"}``, or files that hold a list of them.
+
+    A value that is a list stands for one object each. Parameters that are not named have their defaults. ``"what"`` is
+    ``"models"`` (trained and attacked; where it is not named), ``"layers"`` or ``"probes"`` (with ``"seeds"`` and ``"until"``, see
+    :func:`collapse_probes`); layers and probes of one object are trained in lockstep. ``ValueError`` before anything runs
+    where something is wrong.
     """
     asked = []
     for word in words:
@@ -283,13 +349,35 @@ def main(words: list[str]) -> None:
         except ValueError as error:
             raise ValueError(f"{word} is no JSON ({error}); expected an object, or a file with a list of them") from error
         asked += found if isinstance(found, list) else [found]
-    for parameters in [{name: p.default for name, p in PARAMETERS.items()} | check(given) for given in asked]:
-        run = Run.of(parameters)
-        for kind, record in models_of(run, parameters).items():
-            attack = fgsm_attack(run, record, parameters["confidence"])
-            fit = attack["results"]["fit"]
-            R = f"R {fit['R']:.5f} +- {fit['R_err']:.5f}" if fit["status"] == "ok" else fit["status"]
-            print(f"{kind} {record['id']}: accuracy {record['results']['test_accuracy']:.4f}, {R}, {fit['n']} images", flush=True)
+    defaults, jobs = {name: p.default for name, p in PARAMETERS.items()}, []
+    for given in asked:
+        given = dict(given)
+        what, seeds, until = given.pop("what", "models"), given.pop("seeds", 5), given.pop("until", 1)
+        if what not in ("models", "layers", "probes"):
+            raise ValueError(f"what={what!r} is not valid: one of models, layers, probes")
+        jobs.append((what, [defaults | check(one) for one in expand(given)], seeds, until))
+        for parameters in jobs[-1][1]:
+            ConvSettings.of(parameters), HeadSettings.of(parameters)
+    for what, group, seeds, until in jobs:
+        run = Run.of(group[0])
+        if what == "models":
+            for parameters in group:
+                _model(run, parameters)
+            continue
+        convs = [ConvSettings.of(parameters) for parameters in group]
+        records = conv_layers(run, convs) if what == "layers" else collapse_probes(run, convs, seeds, until)
+        for conv, record in zip(convs, records, strict=True):
+            results = record["results"]
+            told = f"f {results['f_score_1e4']:.2f}" if what == "layers" else f"{sum(results['collapsed'])} of {seeds} collapsed"
+            print(f"K={conv.K} w={conv.w} p={conv.p:g} m={conv.m} delta={conv.delta:g}: {told} ({record['id']})", flush=True)
+
+
+def _model(run: Run, parameters: dict) -> None:
+    for kind, record in models_of(run, parameters).items():
+        attack = fgsm_attack(run, record, parameters["confidence"])
+        fit = attack["results"]["fit"]
+        R = f"R {fit['R']:.5f} +- {fit['R_err']:.5f}" if fit["status"] == "ok" else fit["status"]
+        print(f"{kind} {record['id']}: accuracy {record['results']['test_accuracy']:.4f}, {R}, {fit['n']} images", flush=True)
 
 
 if __name__ == "__main__":

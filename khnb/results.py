@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 import khnb
+from khnb.settings import LATER
 
-KINDS = ("layer", "model", "attack")
+KINDS = ("layer", "probe", "model", "attack")
 COMPUTING = ("settings", "patches", "layer", "native", "learning", "models", "training", "attacks", "robustness")
 LIBRARIES = ("torch", "numpy", "scipy")
 
@@ -165,9 +166,12 @@ class Store:
         return self._read(path) if path.exists() else None
 
     def find(self, kind: str, **asked) -> list[dict]:
-        """All records of a kind whose hyperparameters equal those named: full data first, then by seed."""
+        """All records of a kind whose hyperparameters equal those named: full data first, then by seed.
+
+        A parameter that came later (:data:`khnb.settings.LATER`) and is not in a record has its default there.
+        """
         found = (self._read(path) for path in sorted((self.root / "records" / kind).glob("*.json")))
-        match = [r for r in found if r and all(r["asked"].get(k, _MISSING) == v for k, v in asked.items())]
+        match = [r for r in found if r and all(r["asked"].get(k, LATER.get(k, _MISSING)) == v for k, v in asked.items())]
         return sorted(match, key=lambda r: (r["data"]["name"] != "cifar10", r["asked"].get("seed", 0), r["id"]))
 
     def arrays(self, record: dict) -> dict[str, np.ndarray]:

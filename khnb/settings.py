@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 SCHEDULERS = ("constant", "linear", "exponential", "cosine", "step")
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "prelu", "elu", "gelu", "rexp")
 DTYPES = ("float32", "bfloat16")
+RANKS = ("activity", "Q")
+SCALES = ("max", "mean")
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ class Parameter:
             return value
         complaint = ValueError(f"{name}={value!r} is not valid: {name} ({self.meaning}) must be {self.range}")
         if isinstance(self.kind, tuple):
-            word = value.lower() if isinstance(value, str) else value
-            if word not in self.kind:
+            words = {word.lower(): word for word in self.kind}
+            if not isinstance(value, str) or value.lower() not in words:
                 raise complaint
-            return word
+            return words[value.lower()]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise complaint
         if self.kind is int and value != int(value):
@@ -74,6 +76,11 @@ PARAMETERS: dict[str, Parameter] = {
     "conv_scheduler": Parameter(SCHEDULERS, "cosine", "learning-rate schedule of the convolution"),
     "conv_epochs": Parameter(int, 30, "passes over all patches", 1),
     "conv_batch": Parameter(int, 1000, "patches an update", 1),
+    "conv_share": Parameter(float, 1.0, "share of the images whose patches an epoch passes over", 1e-6, 1.0),
+    "conv_order": Parameter(int, 0, "seed of the order of the patches, which layers trained together share", 0, 2**31),
+    "conv_chunk": Parameter(int, 1000, "images whose patches are shuffled together", 1),
+    "conv_rank": Parameter(RANKS, "activity", "what neurons are ranked by: activity, or Q (eq. 4.4)"),
+    "conv_scale": Parameter(SCALES, "max", "an update is divided by its largest entry (max) or by the number of patches (mean)"),
     "init_mean": Parameter(float, 0.0, "mean of the initial filters"),
     "init_std": Parameter(float, 1.0, "standard deviation of the initial filters", 0.0),
     # head (chapter 6)
@@ -107,6 +114,9 @@ PARAMETERS: dict[str, Parameter] = {
     "bp": Parameter(("stored", "train", "none"), "stored", "the BP twin: shown where the store holds it, trained, or left out"),
     "eps_max": Parameter(float, 1.0, "largest FGSM strength tried", 1e-9, 1.0),
 }
+
+
+LATER = {name: PARAMETERS[name].default for name in ("conv_share", "conv_order", "conv_chunk", "conv_rank", "conv_scale")}
 
 
 def check(given: dict, allowed=None) -> dict:
@@ -166,8 +176,12 @@ class _Settings:
         return cls(**{k: v for k, v in values.items() if k in cls.names()})
 
     def dict(self) -> dict:
-        """Name -> value, as stored in a record."""
-        return asdict(self)
+        """Name -> value, as stored in a record.
+
+        What became a parameter only later (:data:`LATER`) is there only where it differs from its default, so that records
+        made before stay the records of what they were made with.
+        """
+        return {k: v for k, v in asdict(self).items() if k not in LATER or v != LATER[k]}
 
 
 @dataclass(frozen=True)
@@ -183,6 +197,11 @@ class ConvSettings(_Settings):
     conv_scheduler: str = _default("conv_scheduler")
     conv_epochs: int = _default("conv_epochs")
     conv_batch: int = _default("conv_batch")
+    conv_share: float = _default("conv_share")
+    conv_order: int = _default("conv_order")
+    conv_chunk: int = _default("conv_chunk")
+    conv_rank: str = _default("conv_rank")
+    conv_scale: str = _default("conv_scale")
     init_mean: float = _default("init_mean")
     init_std: float = _default("init_std")
     tau: float = _default("tau")

@@ -34,6 +34,11 @@ conv_epochs = 30
 conv_batch = 1000
 init_mean = 0
 init_std = 1
+conv_share = 1.0  # share of the images an epoch sees
+conv_order = 0  # seed of the order of the patches
+conv_chunk = 1000  # images whose patches are shuffled together
+conv_rank = "activity"  # activity, Q
+conv_scale = "max"  # max, mean
 # head
 sigma = "gelu"
 n = 4

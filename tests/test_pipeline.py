@@ -1,5 +1,6 @@
 """From settings to records and back to networks, on 60 real images."""
 
+import inspect
 import json
 import pickle
 from dataclasses import replace
@@ -67,7 +68,7 @@ def no_training(monkeypatch):
         raise AssertionError("nothing was to be computed")
 
     monkeypatch.setattr(training, "train", fail)
-    monkeypatch.setattr(learning, "train_layer", fail)
+    monkeypatch.setattr(learning, "train_layers", fail)
     monkeypatch.setattr(attacks, "fgsm_radius", fail)
 
 
@@ -108,7 +109,7 @@ class TestOnce:
 
     def test_another_head_takes_the_same_layer(self, run, monkeypatch):
         first = ll_model(run, CONV, HEAD)
-        monkeypatch.setattr(learning, "train_layer", None)
+        monkeypatch.setattr(learning, "train_layers", None)
         second = ll_model(run, CONV, replace(HEAD, head_epochs=1))
         assert second["id"] != first["id"] and second["layer"] == first["layer"]
 
@@ -183,7 +184,8 @@ class TestCheckpoints:
 
         def save_and_stop(self, state):
             save(self, state, force=True)
-            if len(state["history"]) == after and (what != "LL" or "optimizer" in state):
+            (first, *_) = state if isinstance(state, list) else [state]
+            if len(first["history"]) == after and (what != "LL" or "optimizer" in first):
                 raise Stop
 
         with monkeypatch.context() as patch:
@@ -192,12 +194,13 @@ class TestCheckpoints:
                 MAKE[what](run)
         (left,) = cache.rglob("*.pt")
         notes.clear()
-        epochs, module, name = [], *((learning, "train_layer") if what == "layer" else (training, "train"))
+        epochs, module, name = [], *((learning, "train_layers") if what == "layer" else (training, "train"))
         original = getattr(module, name)
 
-        def counted(*given):
-            *given, last = given
-            return original(*given, lambda state: (epochs.append(1), last(state))[1])
+        def counted(*given, **named):
+            named = dict(zip(inspect.signature(original).parameters, given)) | named
+            last = named.pop("after_epoch")
+            return original(**named, after_epoch=lambda state: (epochs.append(1), last(state))[1])
 
         monkeypatch.setattr(module, name, counted)
         resumed = MAKE[what](run)
@@ -295,6 +298,88 @@ class TestAttack:
         assert (first["asked"]["of"], second["asked"]["of"]) == (there["id"], here["id"])
 
 
+class TestLockstep:
+    CELLS = [CONV, replace(CONV, m=3, p=3), replace(CONV, seed=4)]
+
+    def test_layers_are_those_trained_alone(self, run, monkeypatch):
+        together = pipeline.conv_layers(run, [*self.CELLS, CONV])
+        assert together[0] == together[3] and len(run.store.find("layer")) == 3
+        for conv, record in zip(self.CELLS, together):
+            assert record["asked"] == conv.dict() and record["results"]["stopped"] == "" and record["results"]["collapsed"] in (True, False)
+            (alone,) = learning.train_layers(run.data.train_images, [conv])
+            np.testing.assert_allclose(run.store.arrays(record)["weight"], alone.weight, atol=1e-5)
+        no_training(monkeypatch)
+        assert pipeline.conv_layers(run, self.CELLS[::-1]) == together[:3][::-1]
+
+    def test_one_that_failed_has_its_record(self, run):
+        wild = replace(CONV, conv_eta0=1e38)
+        good, bad = pipeline.conv_layers(run, [CONV, wild])
+        assert bad["results"]["stopped"] == "not finite" and good["results"]["stopped"] == ""
+        assert run.store.find("layer", conv_eta0=1e38) == [bad]
+
+    def test_killed_and_resumed(self, run, cache, notes, monkeypatch):
+        """What a kill leaves is the last checkpoint, as test_a_resumed_run_equals_an_uninterrupted_one shows for one layer."""
+        whole = learning.train_layers(run.data.train_images, self.CELLS)
+
+        def save_and_stop(self, state, save=Checkpoint.save):
+            save(self, state, force=True)
+            if len(state[0]["history"]) == 2:
+                raise Stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoint, "save", save_and_stop)
+            with pytest.raises(Stop):
+                pipeline.conv_layers(run, self.CELLS)
+        assert not run.store.find("layer") and len(list(cache.rglob("*.pt"))) == 1
+        resumed = pipeline.conv_layers(run, self.CELLS)
+        assert "epoch 3 to 3" in notes[-1] and not list(cache.rglob("*.pt"))
+        for record, layer in zip(resumed, whole):
+            np.testing.assert_array_equal(run.store.arrays(record)["weight"], layer.weight)
+
+    def test_probes(self, run, monkeypatch, cache):
+        doomed = ConvSettings(K=5, w=6, m=6, delta=2.0, conv_epochs=40, conv_batch=100, conv_eta0=2e-2)
+        records = pipeline.collapse_probes(run, [doomed, replace(doomed, m=2, delta=0.0)], seeds=3, until=20)
+        assert [sum(r["results"]["collapsed"]) for r in records] == [3, 0]
+        assert "seed" not in records[0]["asked"] and records[0]["asked"]["seeds"] == 3
+        assert all(len(row) < 20 for row in records[0]["results"]["alive"])  # given up before the end
+        assert [len(row) for row in records[1]["results"]["f_1e4"]] == [20] * 3
+        assert not list(cache.rglob("*.pt"))
+        no_training(monkeypatch)
+        assert pipeline.collapse_probes(run, [replace(doomed, seed=9)], seeds=3, until=20) == records[:1]
+
+    def test_lists_are_expanded(self):
+        assert pipeline.expand(dict(K=[1, 2], w=3, m=[4, 5])) == [dict(K=k, w=3, m=m) for k in (1, 2) for m in (4, 5)]
+        assert pipeline.expand(dict(K=1)) == [dict(K=1)]
+
+    @pytest.mark.parametrize("what", ["layers", "probes"])
+    def test_at_a_terminal(self, what, tiny, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("KHNB_RESULTS", str(tmp_path / "store"))
+        monkeypatch.setattr(datasets, "load", lambda name: tiny)
+        given = {k: v for k, v in CONV.dict().items() if k != "m"} | dict(what=what, m=[2, 3], device="cpu")
+        pipeline.main([json.dumps(given)])
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("K=")]
+        assert len(lines) == 2 and f"m=3 delta={CONV.delta:g}" in lines[1]
+        assert len(Store(tmp_path / "store").find(what[:-1])) == 2
+        with pytest.raises(ValueError, match="what='x' is not valid"):
+            pipeline.main([json.dumps(dict(what="x"))])
+
+
+class TestLater:
+    def test_a_parameter_that_came_later_is_in_a_record_only_where_it_differs(self, run, trained):
+        plain, other = conv_layer(run, CONV), conv_layer(run, replace(CONV, conv_share=0.5))
+        assert "conv_share" not in plain["asked"] and other["asked"]["conv_share"] == 0.5 and plain["id"] != other["id"]
+        assert [r["id"] for r in run.store.find("layer", conv_share=1.0)] == [plain["id"]]
+        assert [r["id"] for r in run.store.find("layer", conv_share=0.5)] == [other["id"]]
+        assert len(run.store.find("layer", K=CONV.K)) == 2
+
+    def test_evidence_is_of_exactly_these_settings(self, run, sample):
+        full = replace(run, data=cut(sample, name="cifar10", skip=100))
+        conv_layer(full, replace(CONV, conv_share=0.5))
+        assert replace(run, evidence=True).find("layer", CONV.dict(), "x") is None
+        conv_layer(full, CONV)
+        assert replace(run, evidence=True).find("layer", CONV.dict(), "x")["asked"] == CONV.dict()
+
+
 class TestEvidence:
     @pytest.fixture
     def full(self, run, sample):
@@ -368,8 +453,11 @@ class TestModelsOf:
         asked = []
         monkeypatch.setattr(pipeline.Run, "of", lambda parameters: asked.append(parameters))
         monkeypatch.setattr(pipeline, "models_of", lambda run, parameters: {})
+        for name in ("conv_layers", "collapse_probes"):
+            fake = dict(id="", results=dict(collapsed=[], f_score_1e4=0))
+            monkeypatch.setattr(pipeline, name, lambda run, convs, *more: [fake for _ in convs])
         pipeline.main([str(grid)])
-        assert asked and all(ConvSettings.of(p) and HeadSettings.of(p) for p in asked)
+        assert asked
 
     def test_a_misspelt_name_at_a_terminal(self):
         with pytest.raises(ValueError, match="unknown parameter 'Kk'"):
