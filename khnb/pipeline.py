@@ -28,7 +28,7 @@ from khnb.native import cache_dir
 from khnb.results import Store, atomic_write, record_id
 from khnb.settings import DTYPES, PARAMETERS, ConvSettings, HeadSettings, check, check_geometry
 
-SNAPSHOTS = (0, 1, 2, 4, 8, 15, 30)
+SNAPSHOTS = (0, 1, 2, 4, 8, 15, 30)  # and the last epoch
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -149,7 +149,8 @@ def _lockstep(run: Run, convs: list[ConvSettings], what: str, **more) -> list[le
             bar.set_postfix(f=layers[0].history[-1]["f_1e4"], norm=layers[0].history[-1]["norm"]) if len(layers) == 1 else None
             checkpoint.save([{name: getattr(layer, name) for name in ("weight", "history", "wins", "snapshots", "stopped")} for layer in layers])
 
-        return learning.train_layers(data.train_images, convs, pick_device(run.device), layers, after_epoch=after_epoch, **more)
+        snapshots = {*SNAPSHOTS, *(conv.conv_epochs for conv in convs)}
+        return learning.train_layers(data.train_images, convs, pick_device(run.device), layers, snapshots, after_epoch, **more)
 
 
 def _lockstep_checkpoint(run, convs, what):
@@ -158,7 +159,7 @@ def _lockstep_checkpoint(run, convs, what):
 
 def _train_layers(run: Run, convs: list[ConvSettings]) -> list[dict]:
     records = []
-    for layer in _lockstep(run, convs, "KH layer", snapshots=SNAPSHOTS):
+    for layer in _lockstep(run, convs, "KH layer"):
         snapshots = sorted(layer.snapshots)
         record = run.store.put(
             "layer", layer.settings.dict(), run.data,
@@ -328,15 +329,17 @@ def fgsm_attack(run: Run, model_record: dict, confidence: float = 0.8) -> dict:
 
 
 def expand(given: dict) -> list[dict]:
-    """One dictionary for each combination of the values that are given as lists."""
-    lists = {name: value for name, value in given.items() if isinstance(value, list)}
-    return [given | dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    """One dictionary for each combination of the values that are given as lists, and of the dictionaries under ``"each"``."""
+    rest = {name: value for name, value in given.items() if name != "each"}
+    lists = {name: value for name, value in rest.items() if isinstance(value, list)}
+    combined = [rest | dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    return [one | more for more in given.get("each", [{}]) for one in combined]
 
 
 def main(words: list[str]) -> None:
     """Compute what JSON objects name, e.g. ``{"K": 20, "bp": "train"}``, or files that hold a list of them.
 
-    A value that is a list stands for one object each. Parameters that are not named have their defaults. ``"what"`` is
+    A value that is a list stands for one object each; ``"each"`` is a list of objects to be merged into this one. Parameters that are not named have their defaults. ``"what"`` is
     ``"models"`` (trained and attacked; where it is not named), ``"layers"`` or ``"probes"`` (with ``"seeds"`` and ``"until"``, see
     :func:`collapse_probes`); layers and probes of one object are trained in lockstep. ``ValueError`` before anything runs
     where something is wrong.

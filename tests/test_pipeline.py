@@ -350,6 +350,8 @@ class TestLockstep:
     def test_lists_are_expanded(self):
         assert pipeline.expand(dict(K=[1, 2], w=3, m=[4, 5])) == [dict(K=k, w=3, m=m) for k in (1, 2) for m in (4, 5)]
         assert pipeline.expand(dict(K=1)) == [dict(K=1)]
+        each = [dict(m=2, p=3), dict(m=3, p=2)]
+        assert pipeline.expand(dict(K=[1, 2], each=each)) == [dict(K=k) | one for one in each for k in (1, 2)]
 
     @pytest.mark.parametrize("what", ["layers", "probes"])
     def test_at_a_terminal(self, what, tiny, tmp_path, monkeypatch, capsys):

@@ -143,7 +143,7 @@ class TestRefused:
         assert files(store) == []
 
     def test_another_kind(self, store):
-        with pytest.raises(ValueError, match="kind 'modle'.*layer, model, attack"):
+        with pytest.raises(ValueError, match="kind 'modle'.*layer, probe, model, attack"):
             put(store, kind="modle")
 
     @pytest.mark.parametrize("value", [[None], [{}], [dict(a=1), "x"], np.array([1, "a"], object), [object()]])
