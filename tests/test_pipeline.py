@@ -133,7 +133,7 @@ class TestRecords:
         arrays = run.store.arrays(record)
         layer = learning.train_layer(run.data.train_images, CONV, "cpu", None, pipeline.SNAPSHOTS)
         assert torch.equal(torch.from_numpy(arrays["weight"]), layer.weight) and record["id"] == records["LL"]["layer"]
-        assert arrays["epochs"].tolist() == [0, 1, 2] and arrays["snapshots"].shape == (3, 9, 3, 6, 6)
+        assert arrays["epochs"].tolist() == [0, 1, 2, 3] and arrays["snapshots"].shape == (4, 9, 3, 6, 6)
         assert record["results"]["f_score_1e4"] == learning.f_score(layer.weight, CONV.p, 1e-4)
         assert record["asked"] == CONV.dict() and len(record["results"]["history"]) == 3
 
