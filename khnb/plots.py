@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -57,6 +59,24 @@ def filter_grids(named: dict[str, np.ndarray], columns: int = 2):
     return figure
 
 
+def neuron(named: dict[str, np.ndarray]):
+    """One neuron enlarged, at several stages: as a colour picture, and each channel on one scale (fig. 8.4): title -> (3, w, w)."""
+    figure, axes = plt.subplots(len(named), 4, figsize=(7.5, 2 * len(named)), layout="constrained", squeeze=False)
+    for row, (title, weight) in zip(axes, named.items(), strict=True):
+        weight = np.asarray(weight, float)
+        edge = np.abs(weight).max() or 1
+        row[0].imshow(tiles(weight[None])[0], interpolation="nearest")
+        row[0].set_ylabel(title, fontsize=9)
+        for ax, channel, name in zip(row[1:], weight, ("red", "green", "blue"), strict=True):
+            picture = ax.imshow(channel, vmin=-edge, vmax=edge, cmap="PuOr_r")
+            ax.set_title(name, fontsize=9)
+        figure.colorbar(picture, ax=row[3], label="weight")
+    axes[0][0].set_title("as in the grid", fontsize=9)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    return figure
+
+
 def layer_history(history: list[dict]):
     """How a KH layer came about: f-score and mean norm, epoch by epoch. history : ``results.history`` of a layer record."""
     epoch = [row["epoch"] for row in history]
@@ -68,6 +88,36 @@ def layer_history(history: list[dict]):
     right.plot(epoch, [row["norm"] for row in history], "o-", ms=3, color="#0072B2")
     right.axhline(1, color="#555555", lw=0.8, ls=":")
     right.set(xlabel="epoch", ylabel="mean $p$-norm of the filters")
+    return figure
+
+
+def cell_map(rows: list[dict], value: str, label: str, text=None, mark=None):
+    """A quantity over the cells of table A.1: four panels (delta, w), each p against m.
+
+    rows : of :func:`khnb.tables.map_A1`; value : the column that gives the colour, from 0 to 1 (``None`` stays empty);
+    text : row -> what is written in the cell, two decimals of the value by default; mark : row -> whether the cell is framed.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(7.5, 6.6), sharex=True, sharey=True, layout="constrained")
+    ticks = {name: sorted({row[name] for row in rows}) for name in ("delta", "w", "p", "m")}
+    for ax, (delta, w) in zip(axes.flat, itertools.product(ticks["delta"], ticks["w"]), strict=True):
+        panel = [row for row in rows if (row["delta"], row["w"]) == (delta, w)]
+        shown = np.full((len(ticks["p"]), len(ticks["m"])), np.nan)
+        for row in panel:
+            i, j = ticks["p"].index(row["p"]), ticks["m"].index(row["m"])
+            if row[value] is None:
+                continue
+            shown[i, j] = row[value]
+            written = text(row) if text else f"{row[value]:.2f}"
+            ax.text(j, i, written, ha="center", va="center", fontsize=8, color="black" if row[value] > 0.5 else "white")
+            if mark and mark(row):
+                ax.add_patch(plt.Rectangle((j - 0.44, i - 0.44), 0.88, 0.88, fill=False, ec=COLOURS["BP"], lw=2))
+        picture = ax.imshow(shown, vmin=0, vmax=1, cmap="cividis", origin="lower")
+        ax.set_title(f"Δ = {delta:g}, w = {w:g}", fontsize=10)
+        ax.set_xticks(range(len(ticks["m"])), [f"{m:g}" for m in ticks["m"]])
+        ax.set_yticks(range(len(ticks["p"])), [f"{p:g}" for p in ticks["p"]])
+    figure.supxlabel("rank of the inhibited neuron $m$", fontsize=10)
+    figure.supylabel("order of the norm $p$", fontsize=10)
+    figure.colorbar(picture, ax=axes, label=label)
     return figure
 
 

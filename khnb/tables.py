@@ -6,6 +6,8 @@ import csv
 from html import escape
 from pathlib import Path
 
+from khnb.learning import COLLAPSED
+
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 
 
@@ -102,3 +104,36 @@ def printed(asked: dict, quantity: str) -> str:
     """``acc`` or ``R`` of :func:`ensemble_row` as text, mean ± standard deviation, or "not stated"."""
     row = ensemble_row(asked)
     return f"{row[quantity + '_mean']} ± {row[quantity + '_std']}" if row else "not stated"
+
+
+CELL = ("delta", "w", "p", "m")  # what a cell of table A.1 fixes
+
+
+
+def map_A1(probes, layers) -> list[dict]:
+    """The cells of the thesis's table A.1, each with what our records say of it.
+
+    probes, layers : records of those kinds with K = 10 (others are left out). Each row has the cell (``delta``, ``w``, ``p``,
+    ``m``), ``thesis`` (f as printed), ``collapsed`` and ``runs`` (of the probe, ``None`` without one), ``chance``: the probability of
+    what the thesis's single draw did, collapse (f < 0.15) or not, if the next run were one of ours (Jeffreys' prior,
+    (k + 1/2) / (n + 1)), ``plausible``: whether that is at least 0.1, and ``f``: f-scores at tolerance 1e-4 of our whole layers.
+    """
+
+    def key(values):
+        return tuple(float(values[name]) for name in CELL)
+
+    probed = {key(r["asked"]): r["results"]["collapsed"] for r in probes if r["asked"]["K"] == 10}
+    whole = {}
+    for record in layers:
+        if record["asked"]["K"] == 10:
+            whole.setdefault(key(record["asked"]), []).append(record["results"]["f_score_1e4"])
+    rows = []
+    for cell in thesis("table_A1"):
+        found = probed.get(key(cell))
+        row = dict(zip(CELL, key(cell), strict=True)) | dict(thesis=float(cell["f_score"]), collapsed=None, runs=None, chance=None, plausible=None)
+        if found:
+            chance = (sum(found) + 0.5) / (len(found) + 1)
+            row |= dict(collapsed=sum(found), runs=len(found), chance=chance if row["thesis"] < COLLAPSED else 1 - chance)
+            row["plausible"] = row["chance"] >= 0.1
+        rows.append(row | dict(f=sorted(whole.get(key(cell), []))))
+    return rows

@@ -3,6 +3,9 @@
 import copy
 import itertools
 import math
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -631,6 +634,21 @@ class TestLockstep:
         (layer,) = train_layers(grey, [s], until=2)
         assert (layer.weight.flatten(1) - reference(grey, s, 2)).abs().max() < 1e-4
         assert torch.equal(train_layers(grey * 0, [s])[0].weight, learning.initial_filters(s, 3))
+
+    def test_the_memory_of_fifty_layers(self):
+        """Far below 4 GiB beyond the images, also for the widest filters."""
+        script = """
+            import resource, torch
+            from khnb.learning import train_layers
+            from khnb.settings import ConvSettings
+            images = torch.zeros((10, 3, 32, 32), dtype=torch.uint8)
+            train_layers(images[:3], [ConvSettings(conv_epochs=1)])
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            train_layers(images, [ConvSettings(w=12, seed=i, conv_epochs=1) for i in range(50)])
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        """
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+        assert int(done.stdout) < 512 * 1024  # KiB, on Linux; reading PyTorch alone takes more
 
     def test_layers_of_other_settings_are_refused(self, images):
         with pytest.raises(ValueError, match="other settings"):

@@ -2,7 +2,13 @@
 
 import inspect
 import json
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -335,6 +341,51 @@ class TestLockstep:
         assert "epoch 3 to 3" in notes[-1] and not list(cache.rglob("*.pt"))
         for record, layer in zip(resumed, whole):
             np.testing.assert_array_equal(run.store.arrays(record)["weight"], layer.weight)
+
+    @pytest.mark.slow
+    def test_kill_9_and_resume(self, tmp_path, sample):
+        """A process that is killed three times leaves whole checkpoints, and in the end the layers of an undisturbed one."""
+        script = tmp_path / "train.py"
+        script.write_text(textwrap.dedent("""
+            import sys, torch
+            from dataclasses import replace
+            from khnb import data, pipeline, settings
+            torch.set_num_threads(1)
+            pipeline.Checkpoint.__init__.__defaults__ = (0.0,)  # as often as it can
+            images = data.load("cifar10-sample")
+            images = replace(images, train_images=images.train_images[:60], train_labels=images.train_labels[:60])
+            run = pipeline.Run(images, pipeline.Store(sys.argv[1]), "cpu")
+            convs = [settings.ConvSettings(K=5, w=4, m=m, conv_epochs=30, conv_batch=500) for m in (2, 3)]
+            print([record["id"] for record in pipeline.conv_layers(run, convs)])
+        """))
+
+        def start(name):
+            environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / name), "KHNB_PROGRESS": "0"}
+            return subprocess.Popen([sys.executable, str(script), str(tmp_path / f"store-{name}")], env=environment, stdout=subprocess.PIPE, text=True)
+
+        def epochs():
+            for file in (tmp_path / "killed").rglob("*.pt"):
+                return len(torch.load(file, weights_only=True)[0]["history"])
+            return 0
+
+        before = 0
+        for _ in range(3):
+            child = start("killed")
+            deadline = time.monotonic() + 60
+            while epochs() < before + 2:
+                assert child.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            assert epochs() > before  # never less than the last one left
+            before = epochs()
+        assert not list((tmp_path / "store-killed").rglob("*.json"))
+        found = [start(name).communicate(timeout=120)[0] for name in ("killed", "whole")]
+        assert found[0].splitlines()[-1] == found[1].splitlines()[-1] and f"epoch {before + 1} to 30" in found[0]
+        killed, whole = (Store(tmp_path / f"store-{name}") for name in ("killed", "whole"))
+        for one, other in zip(killed.find("layer"), whole.find("layer"), strict=True):
+            assert one["id"] == other["id"]
+            np.testing.assert_array_equal(killed.arrays(one)["weight"], whole.arrays(other)["weight"])
 
     def test_probes(self, run, monkeypatch, cache):
         doomed = ConvSettings(K=5, w=6, m=6, delta=2.0, conv_epochs=40, conv_batch=100, conv_eta0=2e-2)

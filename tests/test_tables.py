@@ -66,3 +66,17 @@ def test_ensemble_row_is_the_printed_row_of_these_hyperparameters():
     bp = dict(model="BP", K=10, w=4, n=4.0, w_pool=5, sigma="elu")
     assert tables.printed(bp, "R") == "0.0073 ± 0.0002"
     assert tables.printed(bp | dict(sigma="gelu"), "acc") == "0.589 ± 0.003"
+
+
+def test_the_map_of_table_A1():
+    asked = dict(K=10, delta=0.1, w=4, p=2.0, m=6)  # the thesis's layer collapsed here: 0.04
+    probe = dict(asked=asked, results=dict(collapsed=[True] * 5 + [False]))
+    other = dict(asked=asked | dict(m=2), results=dict(collapsed=[True] * 6))  # and here it did not: 0.99
+    layers = [dict(asked=asked | dict(K=k), results=dict(f_score_1e4=f)) for k, f in ((10, 0.3), (10, 0.05), (20, 1.0))]
+    rows = tables.map_A1([probe, other, dict(asked=asked | dict(K=20), results=dict(collapsed=[False]))], layers)
+    assert len(rows) == 100 and sum(row["runs"] is not None for row in rows) == 2
+    found = {row["m"]: row for row in rows if (row["delta"], row["w"], row["p"]) == (0.1, 4, 2)}
+    assert (found[6]["collapsed"], found[6]["runs"], found[6]["thesis"], found[6]["f"]) == (5, 6, 0.04, [0.05, 0.3])
+    assert found[6]["chance"] == pytest.approx(5.5 / 7) and found[6]["plausible"]
+    assert found[2]["chance"] == pytest.approx(0.5 / 7) and not found[2]["plausible"]
+    assert found[3]["chance"] is None and found[3]["f"] == []
