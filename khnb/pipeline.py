@@ -184,6 +184,12 @@ def _finite(history: list[dict]) -> list[dict]:
     return [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in history]
 
 
+def _falling(layer: learning.Layer) -> bool:
+    """Whether f has fallen to less than half of what it was: only layers that collapse do that, a little before they are recognised."""
+    f = [row["f_1e4"] for row in layer.history]
+    return f[-1] < max(f) / 2
+
+
 def collapse_probes(run: Run, convs: list[ConvSettings], seeds: int, until: int) -> list[dict]:
     """Records that say how many of ``seeds`` layers meet the Blue Wall of Death in the first ``until`` epochs of each setting.
 
@@ -201,7 +207,7 @@ def collapse_probes(run: Run, convs: list[ConvSettings], seeds: int, until: int)
             found[i] = run.store.put(
                 "probe", asked[i], run.data,
                 results=dict(
-                    collapsed=[layer.collapsed for layer in mine], stopped=[layer.stopped for layer in mine],
+                    collapsed=[layer.collapsed or _falling(layer) for layer in mine], stopped=[layer.stopped for layer in mine],
                     **{name: [[row[name] for row in _finite(layer.history)] for layer in mine] for name in ("f_1e4", "alive", "winners")},
                 ),
                 arrays={}, wall_s=sum(row["seconds"] for layer in mine for row in layer.history), device=pick_device(run.device),

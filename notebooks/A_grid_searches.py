@@ -142,11 +142,11 @@ glue("tab-conventions", Markdown(tables.markdown([*rows, misses]) if rows else "
 # The thesis's table A.1 as a picture: f-score of 100 layers, one draw each.
 # ```
 #
-# The printed values are one draw each. Whether a layer collapses is partly chance, and it is settled before the first pass over
-# the patches ends: the features either spread over all neurons, or most neurons are pushed so far down that no
+# The printed values are one draw each. Whether a layer collapses is partly chance, and it is settled when the first features
+# form: the features either spread over all neurons, or most neurons are pushed so far down that no
 # patch excites them any more. So a faithful repetition is a *probability* in each cell, and a cheap one. {numref}`fig-a-2` comes from
-# short runs on the full CIFAR-10, with different initial filters, given up when the outcome is clear or after 0.8 passes. A
-# collapsed layer has $f=(m-1)/K^2$, the few winners being the only features; this explains the values 0.01 to 0.05 of
+# short runs on the full CIFAR-10, with different initial filters, given up when the outcome is clear, or after 0.8 passes over the patches
+# for $p=2$, where features form fast, 1.6 for $p=3$ and 2.5 for larger $p$. A collapsed layer has $f=(m-1)/K^2$, the few winners being the only features; this explains the values 0.01 to 0.05 of
 # the table.
 #
 # ```{glue:figure} fig-a-2
@@ -160,7 +160,7 @@ glue("tab-conventions", Markdown(tables.markdown([*rows, misses]) if rows else "
 # :format: myst
 # ```
 #
-# A short run sees collapses of the first 0.8 passes; layers with $K=20$ can also collapse later ([chapter 8](#blue-wall)). "Plausible" means that, with our runs as the evidence (Jeffreys' prior), the next run does what the thesis's did with a probability
+# A short run does not see what happens later; layers with $K=20$ can collapse after more than a pass ([chapter 8](#blue-wall)). "Plausible" means that, with our runs as the evidence (Jeffreys' prior), the next run does what the thesis's did with a probability
 # of at least one in ten.
 #
 # ### Other readings of the update
