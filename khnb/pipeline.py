@@ -187,7 +187,7 @@ def _finite(history: list[dict]) -> list[dict]:
 def _falling(layer: learning.Layer) -> bool:
     """Whether f has fallen to less than half of what it was: only layers that collapse do that, a little before they are recognised."""
     f = [row["f_1e4"] for row in layer.history]
-    return f[-1] < max(f) / 2
+    return max(f) >= learning.COLLAPSED and f[-1] < max(f) / 2
 
 
 def collapse_probes(run: Run, convs: list[ConvSettings], seeds: int, until: int) -> list[dict]:
