@@ -28,7 +28,7 @@ from khnb.native import cache_dir
 from khnb.results import Store, atomic_write, record_id
 from khnb.settings import DTYPES, PARAMETERS, ConvSettings, HeadSettings, check, check_geometry
 
-SNAPSHOTS = (0, 1, 2, 4, 8, 15, 30)  # and the last epoch
+SNAPSHOTS = (0, 1, 2, 4, 8, 15, 30)  # epochs
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -116,15 +116,15 @@ class Run:
         return self.data.train_images.shape[1], self.data.train_images.shape[-1], len(self.data.classes)
 
 
-def conv_layers(run: Run, convs: list[ConvSettings]) -> list[dict]:
+def conv_layers(run: Run, convs: list[ConvSettings], snapshots=SNAPSHOTS) -> list[dict]:
     """Records of KH layers with these settings: the store's, or trained now, in lockstep, on the run's images and stored.
 
-    A layer that met the Blue Wall of Death, or whose filters stopped being finite, has its record as well: ``results.stopped``
+    ``snapshots`` are the epochs of which a record keeps the filters, in half precision, and with them those of the last one. A layer that met the Blue Wall of Death, or whose filters stopped being finite, has its record as well: ``results.stopped``
     and ``results.collapsed`` say so.
     """
     found = [run.find("layer", conv.dict(), "KH layer") for conv in convs]
     missing = list(dict.fromkeys(conv for conv, record in zip(convs, found, strict=True) if record is None))
-    made = dict(zip(missing, _train_layers(run, missing), strict=True)) if missing else {}
+    made = dict(zip(missing, _train_layers(run, missing, snapshots), strict=True)) if missing else {}
     return [record or made[conv] for conv, record in zip(convs, found, strict=True)]
 
 
@@ -133,7 +133,7 @@ def conv_layer(run: Run, conv: ConvSettings) -> dict:
     return conv_layers(run, [conv])[0]
 
 
-def _lockstep(run: Run, convs: list[ConvSettings], what: str, **more) -> list[learning.Layer]:
+def _lockstep(run: Run, convs: list[ConvSettings], what: str, snapshots=(), **more) -> list[learning.Layer]:
     """:func:`khnb.learning.train_layers` with checkpoint and progress; the caller clears the checkpoint."""
     data, checkpoint = run.data, _lockstep_checkpoint(run, convs, what)
     state, layers, epochs = checkpoint.load(), None, sum(min(conv.conv_epochs, more.get("until") or conv.conv_epochs) for conv in convs)
@@ -149,18 +149,18 @@ def _lockstep(run: Run, convs: list[ConvSettings], what: str, **more) -> list[le
             bar.set_postfix(f=layers[0].history[-1]["f_1e4"], norm=layers[0].history[-1]["norm"]) if len(layers) == 1 else None
             checkpoint.save([{name: getattr(layer, name) for name in ("weight", "history", "wins", "snapshots", "stopped")} for layer in layers])
 
-        snapshots = {*SNAPSHOTS, *(conv.conv_epochs for conv in convs)}
-        return learning.train_layers(data.train_images, convs, pick_device(run.device), layers, snapshots, after_epoch, **more)
+        kept = {*snapshots, *(conv.conv_epochs for conv in convs)} if snapshots else ()
+        return learning.train_layers(data.train_images, convs, pick_device(run.device), layers, kept, after_epoch, **more)
 
 
 def _lockstep_checkpoint(run, convs, what):
     return Checkpoint(record_id(what, [conv.dict() for conv in convs], run.data.sha256))
 
 
-def _train_layers(run: Run, convs: list[ConvSettings]) -> list[dict]:
+def _train_layers(run: Run, convs: list[ConvSettings], snapshots) -> list[dict]:
     records = []
-    for layer in _lockstep(run, convs, "KH layer"):
-        snapshots = sorted(layer.snapshots)
+    for layer in _lockstep(run, convs, "KH layer", snapshots):
+        kept = sorted(layer.snapshots)
         record = run.store.put(
             "layer", layer.settings.dict(), run.data,
             results=dict(
@@ -168,9 +168,9 @@ def _train_layers(run: Run, convs: list[ConvSettings]) -> list[dict]:
                 collapsed=layer.collapsed, stopped=layer.stopped, history=_finite(layer.history),
             ),
             arrays=dict(
-                weight=layer.weight.numpy(), wins=layer.wins.numpy(), epochs=np.array(snapshots),
+                weight=layer.weight.numpy(), wins=layer.wins.numpy(), epochs=np.array(kept, dtype=np.int64),
                 # pictures of the way, not to be computed with: half precision
-                snapshots=np.stack([layer.snapshots[e].half().numpy() for e in snapshots]),
+                snapshots=np.array([layer.snapshots[e].half().numpy() for e in kept], dtype=np.float16).reshape(-1, *layer.weight.shape),
             ),
             wall_s=sum(row["seconds"] for row in layer.history), device=pick_device(run.device),
         )
@@ -346,8 +346,8 @@ def main(words: list[str]) -> None:
     """Compute what JSON objects name, e.g. ``{"K": 20, "bp": "train"}``, or files that hold a list of them.
 
     A value that is a list stands for one object each; ``"each"`` is a list of objects to be merged into this one. Parameters that are not named have their defaults. ``"what"`` is
-    ``"models"`` (trained and attacked; where it is not named), ``"layers"`` or ``"probes"`` (with ``"seeds"`` and ``"until"``, see
-    :func:`collapse_probes`); layers and probes of one object are trained in lockstep. ``ValueError`` before anything runs
+    ``"models"`` (trained and attacked; where it is not named), ``"layers"`` (with ``"snapshots"``, see :func:`conv_layers`) or ``"probes"``
+    (with ``"seeds"`` and ``"until"``, see :func:`collapse_probes`); layers and probes of one object are trained in lockstep. ``ValueError`` before anything runs
     where something is wrong.
     """
     asked = []
@@ -362,19 +362,25 @@ def main(words: list[str]) -> None:
     for given in asked:
         given = dict(given)
         what, seeds, until = given.pop("what", "models"), given.pop("seeds", 5), given.pop("until", 1)
+        snapshots = given.pop("snapshots", list(SNAPSHOTS))
+        for name, numbers, least in (("seeds", [seeds], 1), ("until", [until], 1), ("snapshots", snapshots, 0)):
+            if not isinstance(numbers, list) or not all(type(number) is int and number >= least for number in numbers):
+                value = numbers if name == "snapshots" else numbers[0]
+                wanted = f"whole numbers >= {least}" if name == "snapshots" else f"a whole number >= {least}"
+                raise ValueError(f"{name}={value!r} is not valid: expected {wanted}")
         if what not in ("models", "layers", "probes"):
             raise ValueError(f"what={what!r} is not valid: one of models, layers, probes")
-        jobs.append((what, [defaults | check(one) for one in expand(given)], seeds, until))
+        jobs.append((what, [defaults | check(one) for one in expand(given)], seeds, until, snapshots))
         for parameters in jobs[-1][1]:
             ConvSettings.of(parameters), HeadSettings.of(parameters)
-    for what, group, seeds, until in jobs:
+    for what, group, seeds, until, snapshots in jobs:
         run = Run.of(group[0])
         if what == "models":
             for parameters in group:
                 _model(run, parameters)
             continue
         convs = [ConvSettings.of(parameters) for parameters in group]
-        records = conv_layers(run, convs) if what == "layers" else collapse_probes(run, convs, seeds, until)
+        records = conv_layers(run, convs, snapshots) if what == "layers" else collapse_probes(run, convs, seeds, until)
         for conv, record in zip(convs, records, strict=True):
             results = record["results"]
             told = f"f {results['f_score_1e4']:.2f}" if what == "layers" else f"{sum(results['collapsed'])} of {seeds} collapsed"

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 
 from khnb import attacks, learning, pipeline, robustness, training
 from khnb import data as datasets
-from khnb.pipeline import Checkpoint, Run, bp_model, conv_layer, fgsm_attack, ll_model, models_of, network, pick_device
+from khnb.pipeline import Checkpoint, Run, bp_model, conv_layer, conv_layers, fgsm_attack, ll_model, models_of, network, pick_device
 from khnb.results import Store, record_id
 from khnb.settings import PARAMETERS, ConvSettings, HeadSettings, check, of_notebook
 
@@ -415,6 +416,17 @@ class TestLockstep:
         assert len(Store(tmp_path / "store").find(what[:-1])) == 2
         with pytest.raises(ValueError, match="what='x' is not valid"):
             pipeline.main([json.dumps(dict(what="x"))])
+
+    @pytest.mark.parametrize(("snapshots", "kept"), [([1, 2], [1, 2, 3]), ([0], [0, 3]), ([], [])])
+    def test_snapshots_are_a_choice(self, snapshots, kept, run):
+        weight = run.store.arrays(conv_layers(run, [CONV], snapshots)[0])
+        assert weight["epochs"].tolist() == kept and weight["snapshots"].shape == (len(kept), 9, 3, 6, 6)
+
+    @pytest.mark.parametrize("wrong", [dict(seeds=0), dict(until=1.5), dict(snapshots=3), dict(snapshots=[-1]), dict(snapshots=["end"]), dict(seeds=True)])
+    def test_what_is_no_number_of_epochs(self, wrong):
+        name, value = next(iter(wrong.items()))
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not valid: expected ") + ".*whole number"):
+            pipeline.main([json.dumps(dict(what="layers") | wrong)])
 
 
 class TestLater:
