@@ -54,10 +54,14 @@ def progress(total: int, what: str, unit: str, done: int = 0):
 
 
 class Checkpoint:
-    """State of an unfinished computation: tensors, numbers and lists, written atomically, read without pickle's powers."""
+    """State of an unfinished computation: tensors, numbers and lists, written atomically, read without pickle's powers.
+
+    It is kept in the folder named by ``KHNB_CHECKPOINTS`` (to be committed, or carried to another machine), else in the cache.
+    """
 
     def __init__(self, id: str, every_s: float = 30.0):
-        self.path, self.every_s, self.last = cache_dir() / "checkpoints" / f"{id}.pt", every_s, time.monotonic()
+        folder = Path(os.environ.get("KHNB_CHECKPOINTS") or cache_dir() / "checkpoints").expanduser()
+        self.path, self.every_s, self.last = folder / f"{id}.pt", every_s, time.monotonic()
 
     def load(self):
         """What was saved last, or ``None``. A damaged checkpoint is named and left aside."""

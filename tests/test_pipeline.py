@@ -324,8 +324,13 @@ class TestLockstep:
         assert bad["results"]["stopped"] == "not finite" and good["results"]["stopped"] == ""
         assert run.store.find("layer", conv_eta0=1e38) == [bad]
 
-    def test_killed_and_resumed(self, run, cache, notes, monkeypatch):
-        """What a kill leaves is the last checkpoint, as test_a_resumed_run_equals_an_uninterrupted_one shows for one layer."""
+    @pytest.mark.parametrize("carried", [False, True])
+    def test_killed_and_resumed(self, carried, run, cache, notes, monkeypatch, tmp_path):
+        """What a kill leaves is the last checkpoint; it may go on elsewhere, from a folder that was carried there."""
+        left = cache / "checkpoints"
+        if carried:
+            left = tmp_path / "left"
+            monkeypatch.setenv("KHNB_CHECKPOINTS", str(left))
         whole = learning.train_layers(run.data.train_images, self.CELLS)
 
         def save_and_stop(self, state, save=Checkpoint.save):
@@ -337,9 +342,11 @@ class TestLockstep:
             patch.setattr(Checkpoint, "save", save_and_stop)
             with pytest.raises(Stop):
                 pipeline.conv_layers(run, self.CELLS)
-        assert not run.store.find("layer") and len(list(cache.rglob("*.pt"))) == 1
+        assert not run.store.find("layer") and len(list(left.glob("*.pt"))) == 1
+        if carried:
+            monkeypatch.setenv("KHNB_CHECKPOINTS", str(left := left.rename(tmp_path / "here")))
         resumed = pipeline.conv_layers(run, self.CELLS)
-        assert "epoch 3 to 3" in notes[-1] and not list(cache.rglob("*.pt"))
+        assert "epoch 3 to 3" in notes[-1] and left.is_dir() and not list(left.glob("*.pt"))
         for record, layer in zip(resumed, whole):
             np.testing.assert_array_equal(run.store.arrays(record)["weight"], layer.weight)
 
