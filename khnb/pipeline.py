@@ -120,15 +120,16 @@ class Run:
         return self.data.train_images.shape[1], self.data.train_images.shape[-1], len(self.data.classes)
 
 
-def conv_layers(run: Run, convs: list[ConvSettings], snapshots=SNAPSHOTS) -> list[dict]:
+def conv_layers(run: Run, convs: list[ConvSettings], snapshots=SNAPSHOTS, stop_collapsed: bool = False) -> list[dict]:
     """Records of KH layers with these settings: the store's, or trained now, in lockstep, on the run's images and stored.
 
-    ``snapshots`` are the epochs of which a record keeps the filters, in half precision, and with them those of the last one. A layer that met the Blue Wall of Death, or whose filters stopped being finite, has its record as well: ``results.stopped``
-    and ``results.collapsed`` say so.
+    ``snapshots`` are the epochs of which a record keeps the filters, in half precision, and with them those of the last one. A layer
+    that met the Blue Wall of Death, or whose filters stopped being finite, has its record as well: ``results.collapsed`` and
+    ``results.stopped`` say so. With ``stop_collapsed`` the former is not trained to the end either.
     """
     found = [run.find("layer", conv.dict(), "KH layer") for conv in convs]
     missing = list(dict.fromkeys(conv for conv, record in zip(convs, found, strict=True) if record is None))
-    made = dict(zip(missing, _train_layers(run, missing, snapshots), strict=True)) if missing else {}
+    made = dict(zip(missing, _train_layers(run, missing, snapshots, stop_collapsed), strict=True)) if missing else {}
     return [record or made[conv] for conv, record in zip(convs, found, strict=True)]
 
 
@@ -140,15 +141,17 @@ def conv_layer(run: Run, conv: ConvSettings) -> dict:
 def _lockstep(run: Run, convs: list[ConvSettings], what: str, snapshots=(), **more) -> list[learning.Layer]:
     """:func:`khnb.learning.train_layers` with checkpoint and progress; the caller clears the checkpoint."""
     data, checkpoint = run.data, _lockstep_checkpoint(run, convs, what)
-    state, layers, epochs = checkpoint.load(), None, sum(min(conv.conv_epochs, more.get("until") or conv.conv_epochs) for conv in convs)
+    state, layers = checkpoint.load(), None
+    ends = [min(conv.conv_epochs, more.get("until") or conv.conv_epochs) for conv in convs]
     if state:
         layers = [learning.Layer(conv, **kept) for conv, kept in zip(convs, state, strict=True)]
     done = [len(layer.history) for layer in layers or []]
     name = what if len(convs) == 1 else f"{len(convs)} {what}s in lockstep"
     run.note(f"{name}: training on {len(data.train_images)} images of {data.name}, epoch {min(done, default=0) + 1} to {max(c.conv_epochs for c in convs)}.")
-    with progress(epochs, what, "epoch", sum(done)) as bar:
+    with progress(sum(ends), what, "epoch", sum(done)) as bar:
 
         def after_epoch(layers):
+            bar.total = sum(len(layer.history) if layer.stopped else end for layer, end in zip(layers, ends, strict=True))
             bar.update(sum(len(layer.history) for layer in layers) - bar.n)
             bar.set_postfix(f=layers[0].history[-1]["f_1e4"], norm=layers[0].history[-1]["norm"]) if len(layers) == 1 else None
             checkpoint.save([{name: getattr(layer, name) for name in ("weight", "history", "wins", "snapshots", "stopped")} for layer in layers])
@@ -161,9 +164,9 @@ def _lockstep_checkpoint(run, convs, what):
     return Checkpoint(record_id(what, [conv.dict() for conv in convs], run.data.sha256))
 
 
-def _train_layers(run: Run, convs: list[ConvSettings], snapshots) -> list[dict]:
+def _train_layers(run: Run, convs: list[ConvSettings], snapshots, stop_collapsed: bool) -> list[dict]:
     records = []
-    for layer in _lockstep(run, convs, "KH layer", snapshots):
+    for layer in _lockstep(run, convs, "KH layer", snapshots, stop_collapsed=stop_collapsed):
         kept = sorted(layer.snapshots)
         record = run.store.put(
             "layer", layer.settings.dict(), run.data,
@@ -350,7 +353,7 @@ def main(words: list[str]) -> None:
     """Compute what JSON objects name, e.g. ``{"K": 20, "bp": "train"}``, or files that hold a list of them.
 
     A value that is a list stands for one object each; ``"each"`` is a list of objects to be merged into this one. Parameters that are not named have their defaults. ``"what"`` is
-    ``"models"`` (trained and attacked; where it is not named), ``"layers"`` (with ``"snapshots"``, see :func:`conv_layers`) or ``"probes"``
+    ``"models"`` (trained and attacked; where it is not named), ``"layers"`` (with ``"snapshots"`` and ``"stop_collapsed"``, see :func:`conv_layers`) or ``"probes"``
     (with ``"seeds"`` and ``"until"``, see :func:`collapse_probes`); layers and probes of one object are trained in lockstep. ``ValueError`` before anything runs
     where something is wrong.
     """
@@ -366,7 +369,9 @@ def main(words: list[str]) -> None:
     for given in asked:
         given = dict(given)
         what, seeds, until = given.pop("what", "models"), given.pop("seeds", 5), given.pop("until", 1)
-        snapshots = given.pop("snapshots", list(SNAPSHOTS))
+        snapshots, stop = given.pop("snapshots", list(SNAPSHOTS)), given.pop("stop_collapsed", False)
+        if not isinstance(stop, bool):
+            raise ValueError(f"stop_collapsed={stop!r} is not valid: expected true or false")
         for name, numbers, least in (("seeds", [seeds], 1), ("until", [until], 1), ("snapshots", snapshots, 0)):
             if not isinstance(numbers, list) or not all(type(number) is int and number >= least for number in numbers):
                 value = numbers if name == "snapshots" else numbers[0]
@@ -374,17 +379,17 @@ def main(words: list[str]) -> None:
                 raise ValueError(f"{name}={value!r} is not valid: expected {wanted}")
         if what not in ("models", "layers", "probes"):
             raise ValueError(f"what={what!r} is not valid: one of models, layers, probes")
-        jobs.append((what, [defaults | check(one) for one in expand(given)], seeds, until, snapshots))
+        jobs.append((what, [defaults | check(one) for one in expand(given)], seeds, until, snapshots, stop))
         for parameters in jobs[-1][1]:
             ConvSettings.of(parameters), HeadSettings.of(parameters)
-    for what, group, seeds, until, snapshots in jobs:
+    for what, group, seeds, until, snapshots, stop in jobs:
         run = Run.of(group[0])
         if what == "models":
             for parameters in group:
                 _model(run, parameters)
             continue
         convs = [ConvSettings.of(parameters) for parameters in group]
-        records = conv_layers(run, convs, snapshots) if what == "layers" else collapse_probes(run, convs, seeds, until)
+        records = conv_layers(run, convs, snapshots, stop) if what == "layers" else collapse_probes(run, convs, seeds, until)
         for conv, record in zip(convs, records, strict=True):
             results = record["results"]
             told = f"f {results['f_score_1e4']:.2f}" if what == "layers" else f"{sum(results['collapsed'])} of {seeds} collapsed"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from khnb import attacks, robustness
+from khnb.learning import COLLAPSED
 
 #: the Okabe-Ito palette, which colour-blind readers can tell apart
 COLOURS = dict(LL="#0072B2", BP="#D55E00", thesis="#555555", fit="#000000")
@@ -88,6 +89,16 @@ def layer_history(history: list[dict]):
     right.plot(epoch, [row["norm"] for row in history], "o-", ms=3, color="#0072B2")
     right.axhline(1, color="#555555", lw=0.8, ls=":")
     right.set(xlabel="epoch", ylabel="mean $p$-norm of the filters")
+    return figure
+
+
+def f_histogram(scores):
+    """How many layers have which f-score, in bins of 0.05 (fig. 8.6). scores : f of the layers that did not collapse."""
+    figure, ax = plt.subplots(figsize=(5.5, 3), layout="constrained")
+    ax.hist(scores, bins=np.linspace(0, 1, 21), color="#0072B2", edgecolor="white", lw=0.5)
+    ax.axvline(COLLAPSED, color="#555555", lw=0.8, ls=":")
+    ax.set(xlabel="f-score", ylabel="layers", xlim=(0, 1))
+    ax.yaxis.get_major_locator().set_params(integer=True)
     return figure
 
 

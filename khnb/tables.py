@@ -6,6 +6,8 @@ import csv
 from html import escape
 from pathlib import Path
 
+from scipy.stats import binomtest
+
 from khnb.learning import COLLAPSED
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
@@ -137,4 +139,31 @@ def map_A1(probes, layers) -> list[dict]:
             row |= dict(collapsed=sum(found), runs=len(found), chance=chance if row["thesis"] < COLLAPSED else 1 - chance)
             row["plausible"] = row["chance"] >= 0.1
         rows.append(row | dict(f=sorted(whole.get(key(cell), []))))
+    return rows
+
+
+def shares_8_1(layers: list[tuple[dict, float]]) -> list[dict]:
+    """The rows of the thesis's table 8.1, each with the same shares among our layers.
+
+    layers : (hyperparameters, f-score) of each. To a row's columns, all as printed, come ``layers`` (how many of ours have the value) and,
+    for each threshold, ``here_0.15``, ``here_0.8`` and ``here_0.95``: ``None`` without layers, else (share, low, high), with Wilson's
+    95% interval.
+    """
+    called = dict(eta0="conv_eta0", scheduler="conv_scheduler")
+
+    def has(asked, row):
+        name, value = row["parameter"], row["value"]
+        if name == "scheduler" and "_rate_" in value:
+            return asked["conv_scheduler"] == "exponential" and asked["tau"] == float(value.rpartition("_")[2])
+        given = asked[called.get(name, name)]
+        return given == value if isinstance(given, str) else given == float(value)
+
+    rows = []
+    for row in thesis("table_8_1"):
+        f = [score for asked, score in layers if has(asked, row)]
+        found = {"layers": len(f)}
+        for limit in ("0.15", "0.8", "0.95"):
+            above = sum(score > float(limit) for score in f)
+            found[f"here_{limit}"] = (above / len(f), *binomtest(above, len(f)).proportion_ci(method="wilson")) if f else None
+        rows.append(row | found)
     return rows

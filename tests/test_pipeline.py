@@ -406,6 +406,14 @@ class TestLockstep:
         no_training(monkeypatch)
         assert pipeline.collapse_probes(run, [replace(doomed, seed=9)], seeds=3, until=20) == records[:1]
 
+    @pytest.mark.parametrize("stop", [False, True])
+    def test_a_collapsed_layer_has_its_record(self, stop, run):
+        doomed = ConvSettings(K=6, w=6, m=6, delta=2.0, conv_epochs=40, conv_batch=100, conv_eta0=2e-2)
+        fell, stood = conv_layers(run, [doomed, replace(doomed, m=2, delta=0.0)], [], stop)
+        assert fell["results"]["collapsed"] and not stood["results"]["collapsed"]
+        assert fell["results"]["stopped"] == ("blue wall of death" if stop else "") and (len(fell["results"]["history"]) < 40) == stop
+        assert stood["results"]["stopped"] == "" and len(stood["results"]["history"]) == 40
+
     def test_lists_are_expanded(self):
         assert pipeline.expand(dict(K=[1, 2], w=3, m=[4, 5])) == [dict(K=k, w=3, m=m) for k in (1, 2) for m in (4, 5)]
         assert pipeline.expand(dict(K=1)) == [dict(K=1)]
@@ -429,10 +437,10 @@ class TestLockstep:
         weight = run.store.arrays(conv_layers(run, [CONV], snapshots)[0])
         assert weight["epochs"].tolist() == kept and weight["snapshots"].shape == (len(kept), 9, 3, 6, 6)
 
-    @pytest.mark.parametrize("wrong", [dict(seeds=0), dict(until=1.5), dict(snapshots=3), dict(snapshots=[-1]), dict(snapshots=["end"]), dict(seeds=True)])
+    @pytest.mark.parametrize("wrong", [dict(seeds=0), dict(until=1.5), dict(snapshots=3), dict(snapshots=[-1]), dict(snapshots=["end"]), dict(seeds=True), dict(stop_collapsed=1)])
     def test_what_is_no_number_of_epochs(self, wrong):
         name, value = next(iter(wrong.items()))
-        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not valid: expected ") + ".*whole number"):
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not valid: expected ") + "(a whole|whole numbers|true or)"):
             pipeline.main([json.dumps(dict(what="layers") | wrong)])
 
 

@@ -45,3 +45,9 @@ def test_tiles_are_scaled_each_on_its_own():
     pictures = plots.tiles(weight)
     assert pictures.shape == (2, 2, 2, 3) and pictures[0].min() == 0 and pictures[0].max() == 1 and not pictures[1].any()
     assert plots.tiles(weight[:, :1]).shape == (2, 2, 2, 3)
+
+
+def test_the_histogram_of_f_counts_every_layer():
+    (ax,) = plots.f_histogram([0.2, 0.22, 0.96, 1.0]).axes
+    counts = {round(bar.get_x(), 2): bar.get_height() for bar in ax.patches if bar.get_height()}
+    assert counts == {0.2: 2, 0.95: 2} and ax.lines[0].get_xdata()[0] == 0.15

@@ -1,8 +1,12 @@
 """Markdown tables, and the thesis's own numbers."""
 
+import json
+
 import pytest
 
 from khnb import tables
+from khnb.pipeline import expand
+from khnb.settings import PARAMETERS
 
 
 def test_markdown():
@@ -81,3 +85,28 @@ def test_the_map_of_table_A1():
     assert found[6]["chance"] == pytest.approx(5.5 / 7) and found[6]["plausible"]
     assert found[2]["chance"] == pytest.approx(0.5 / 7) and not found[2]["plausible"]
     assert found[3]["chance"] is None and found[3]["f"] == []
+
+
+def test_shares_of_grid_1():
+    plain = dict(delta=0.2, K=14, m=2, p=2.0, conv_eta0=1e-3, conv_scheduler="cosine", tau=2.5)
+    layers = [(plain, 0.96), (plain, 0.9), (plain | dict(conv_scheduler="exponential", tau=4.0, m=5), 0.1), (plain | dict(p=3.0), 0.5)]
+    found = {(row["parameter"], row["value"]): row for row in tables.shares_8_1(layers)}
+    assert len(found) == 20
+    assert found["m", "2"]["layers"] == 3 and found["m", "2"]["frac_f_gt_0.8"] == "0.22"
+    share, low, high = found["m", "2"]["here_0.8"]
+    assert share == pytest.approx(2 / 3) and low == pytest.approx(0.2077, abs=1e-4) and high == pytest.approx(0.9385, abs=1e-4)  # Wilson, by hand
+    assert found["m", "2"]["here_0.15"][0] == 1 and found["m", "5"]["here_0.15"][0] == 0
+    assert (found["scheduler", "cosine"]["layers"], found["scheduler", "exponential_rate_4.00"]["layers"], found["scheduler", "exponential_rate_2.50"]["layers"]) == (3, 1, 0)
+    assert found["eta0", "1.0e-3"]["layers"] == 4 and found["eta0", "7.5e-4"]["here_0.95"] is None
+    assert found["p", "2"]["here_0.95"][0] == pytest.approx(1 / 3) and found["p", "3"]["here_0.8"][0] == 0
+
+
+def test_the_sweep_of_grid_1_is_balanced():
+    (given,) = json.loads((tables.REFERENCE.parent / "sweeps" / "grid-1.json").read_text())
+    defaults = {name: parameter.default for name, parameter in PARAMETERS.items()}
+    cells = [defaults | cell for cell in expand(given)]
+    rows = tables.shares_8_1([(cell, 1.0) for cell in cells])
+    assert all(row["layers"] >= 8 for row in rows)
+    for name in {row["parameter"] for row in rows}:
+        counts = [row["layers"] for row in rows if row["parameter"] == name]
+        assert sum(counts) == len(cells) and max(counts) - min(counts) <= 1
