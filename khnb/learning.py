@@ -148,11 +148,33 @@ class Layer:
         """The Blue Wall of Death: fewer than 15% features, and neurons that no patch can excite any more.
 
         Patches have no negative values, so a neuron without a positive weight is never among the winners for good; at least a
-        tenth of them like that was never seen in a layer that came to something, and always, long before the end, in
-        those that did not.
+        tenth of them like that was never seen in a layer that came to something (433 runs), and nearly always, long before
+        the end, in those that did not (:func:`fates` has the other signs).
         """
-        alive = (self.weight.flatten(1) > 0).any(1).double().mean().item()
-        return alive < ALIVE and f_score(self.weight, self.settings.p, 1e-4) < COLLAPSED
+        return _wall(f_score(self.weight, self.settings.p, 1e-4), (self.weight.flatten(1) > 0).any(1).double().mean().item())
+
+
+def _wall(f: float, alive: float) -> bool:
+    return f < COLLAPSED and alive < ALIVE
+
+
+def fates(probe: dict, neurons: int) -> list[str]:
+    """What has become of each layer of a probe: ``"collapsed"``, ``"formed"``, or ``""`` where it is not settled.
+
+    probe : the results of its record, with ``f_1e4``, ``alive`` and ``winners`` (the latter two as numbers of neurons), each a list of
+    layers with one value an epoch. A layer has formed with at least 15% features. With fewer it has collapsed where it is
+    :attr:`Layer.collapsed`, or where f or the number of winners fell to less than half of what it was, f without a gain in the last
+    three epochs, the winners to fewer than three tenths of the neurons.
+    """
+
+    def fate(f, alive, winners):
+        if f[-1] >= COLLAPSED:
+            return "formed"
+        falling = max(f) >= COLLAPSED and f[-1] < max(f) / 2 and len(f) > 3 and f[-4] >= f[-3] >= f[-2] >= f[-1]
+        few = winners[-1] < max(winners) / 2 and winners[-1] < 0.3 * neurons
+        return "collapsed" if falling or few or _wall(f[-1], alive[-1] / neurons) else ""
+
+    return [fate(*rows) for rows in zip(probe["f_1e4"], probe["alive"], probe["winners"], strict=True)]
 
 
 def initial_filters(settings: ConvSettings, channels: int) -> Tensor:

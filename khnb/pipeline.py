@@ -191,14 +191,8 @@ def _finite(history: list[dict]) -> list[dict]:
     return [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in history]
 
 
-def _falling(layer: learning.Layer) -> bool:
-    """Whether f has fallen to less than half of what it was: only layers that collapse do that, a little before they are recognised."""
-    f = [row["f_1e4"] for row in layer.history]
-    return max(f) >= learning.COLLAPSED and f[-1] < max(f) / 2
-
-
 def collapse_probes(run: Run, convs: list[ConvSettings], seeds: int, until: int) -> list[dict]:
-    """Records that say how many of ``seeds`` layers meet the Blue Wall of Death in the first ``until`` epochs of each setting.
+    """Records that say what becomes of ``seeds`` layers of each setting in the first ``until`` epochs: see :func:`khnb.learning.fates`.
 
     All of them go in lockstep, on the same patches; the seeds 0 to seeds - 1 decide the initial filters (``conv.seed`` is not
     looked at). With a small ``conv_share`` and many ``conv_epochs`` an epoch is a short stretch of the way.
@@ -214,7 +208,7 @@ def collapse_probes(run: Run, convs: list[ConvSettings], seeds: int, until: int)
             found[i] = run.store.put(
                 "probe", asked[i], run.data,
                 results=dict(
-                    collapsed=[layer.collapsed or _falling(layer) for layer in mine], stopped=[layer.stopped for layer in mine],
+                    stopped=[layer.stopped for layer in mine],
                     **{name: [[row[name] for row in _finite(layer.history)] for layer in mine] for name in ("f_1e4", "alive", "winners")},
                 ),
                 arrays={}, wall_s=sum(row["seconds"] for layer in mine for row in layer.history), device=pick_device(run.device),
@@ -392,7 +386,7 @@ def main(words: list[str]) -> None:
         records = conv_layers(run, convs, snapshots, stop) if what == "layers" else collapse_probes(run, convs, seeds, until)
         for conv, record in zip(convs, records, strict=True):
             results = record["results"]
-            told = f"f {results['f_score_1e4']:.2f}" if what == "layers" else f"{sum(results['collapsed'])} of {seeds} collapsed"
+            told = f"f {results['f_score_1e4']:.2f}" if what == "layers" else f"{learning.fates(results, conv.K**2).count('collapsed')} of {seeds} collapsed"
             print(f"K={conv.K} w={conv.w} p={conv.p:g} m={conv.m} delta={conv.delta:g}: {told} ({record['id']})", flush=True)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scipy.stats import binomtest
 
-from khnb.learning import COLLAPSED
+from khnb.learning import COLLAPSED, fates
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 
@@ -111,12 +111,12 @@ def printed(asked: dict, quantity: str) -> str:
 CELL = ("delta", "w", "p", "m")  # what a cell of table A.1 fixes
 
 
-
 def map_A1(probes, layers) -> list[dict]:
     """The cells of the thesis's table A.1, each with what our records say of it.
 
-    probes, layers : records of those kinds with K = 10 (others are left out; of several probes of a cell the longest counts). Each row has the cell (``delta``, ``w``, ``p``,
-    ``m``), ``thesis`` (f as printed), ``collapsed`` and ``runs`` (of the probe, ``None`` without one), ``chance``: the probability of
+    probes, layers : records of those kinds with K = 10 (others are left out; of several probes of a cell the longest counts). Each
+    row has the cell (``delta``, ``w``, ``p``, ``m``), ``thesis`` (f as printed), ``collapsed`` and ``runs`` (of the probe, only those whose
+    fate is settled; ``None`` without any), ``chance``: the probability of
     what the thesis's single draw did, collapse (f < 0.15) or not, if the next run were one of ours (Jeffreys' prior,
     (k + 1/2) / (n + 1)), ``plausible``: whether that is at least 0.1, and ``f``: f-scores at tolerance 1e-4 of our whole layers.
     """
@@ -125,7 +125,7 @@ def map_A1(probes, layers) -> list[dict]:
         return tuple(float(values[name]) for name in CELL)
 
     longest = sorted((r for r in probes if r["asked"]["K"] == 10), key=lambda r: r["asked"]["until"])
-    probed = {key(r["asked"]): r["results"]["collapsed"] for r in longest}
+    probed = {key(r["asked"]): [fate == "collapsed" for fate in fates(r["results"], r["asked"]["K"] ** 2) if fate] for r in longest}
     whole = {}
     for record in layers:
         if record["asked"]["K"] == 10:

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from khnb import learning, native, patches
 from khnb.layer import KHConv2d, synapses
-from khnb.learning import Layer, f_score, is_feature, kh_update, minibatches, schedule, train_layer, train_layers
+from khnb.learning import Layer, f_score, fates, is_feature, kh_update, minibatches, schedule, train_layer, train_layers
 from khnb.settings import LATER, PARAMETERS, ConvSettings, HeadSettings, check
 
 
@@ -317,6 +317,25 @@ class TestFScore:
         assert Layer(s, weight).collapsed
         weight[2:50] = 48**-0.5
         assert not Layer(s, weight).collapsed  # half of them came to something
+
+    @pytest.mark.parametrize(
+        ("f", "alive", "winners", "fate"),
+        [
+            ([0.0, 0.2], [100, 100], [90, 99], "formed"),
+            ([0.0, 0.2], [100, 50], [90, 9], "formed"),  # enough of them are features
+            ([0.0, 0.05], [100, 100], [61, 99], ""),
+            ([0.0, 0.05], [100, 89], [61, 99], "collapsed"),
+            ([0.0, 0.05], [100, 100], [61, 29], "collapsed"),
+            ([0.0, 0.05], [100, 100], [41, 29], ""),  # so few from the start: it has not begun
+            ([0.18, 0.17, 0.12, 0.09, 0.05], [100] * 5, [100] * 5, "collapsed"),  # falling
+            ([0.18, 0.17, 0.08, 0.09, 0.05], [100] * 5, [100] * 5, ""),
+            ([0.14, 0.14, 0.12, 0.09, 0.05], [100] * 5, [100] * 5, ""),  # never had formed
+            ([0.31, 0.42, 0.07], [100] * 3, [99] * 3, ""),  # large steps make f jump
+        ],
+    )
+    def test_fates(self, f, alive, winners, fate):
+        both = dict(f_1e4=[f, [0.9]], alive=[alive, [100]], winners=[winners, [100]])
+        assert fates(both, 100) == [fate, "formed"]
 
 
 class TestSchedules:

@@ -74,11 +74,17 @@ def test_ensemble_row_is_the_printed_row_of_these_hyperparameters():
 
 def test_the_map_of_table_A1():
     asked = dict(K=10, delta=0.1, w=4, p=2.0, m=6, until=8)  # the thesis's layer collapsed here: 0.04
-    probe = dict(asked=asked, results=dict(collapsed=[True] * 5 + [False]))
-    other = dict(asked=asked | dict(m=2), results=dict(collapsed=[True] * 6))  # and here it did not: 0.99
+    def ran(collapsed, formed, open=0):
+        """Results of so many runs."""
+        last = [(0.02, 40)] * collapsed + [(0.6, 100)] * formed + [(0.1, 100)] * open
+        return dict(f_1e4=[[0.0, f] for f, _ in last], alive=[[100, alive] for _, alive in last], winners=[[100, 100] for _ in last])
+
+    probe = dict(asked=asked, results=ran(5, 1, 2))
+    other = dict(asked=asked | dict(m=2), results=ran(6, 0))  # and here it did not: 0.99
     layers = [dict(asked=asked | dict(K=k), results=dict(f_score_1e4=f)) for k, f in ((10, 0.3), (10, 0.05), (20, 1.0))]
-    short = dict(asked=asked | dict(until=3), results=dict(collapsed=[False]))
-    rows = tables.map_A1([probe, short, other, dict(asked=asked | dict(K=20), results=dict(collapsed=[False]))], layers)
+    short = dict(asked=asked | dict(until=3), results=ran(0, 1))
+    unsettled = dict(asked=asked | dict(m=3), results=ran(0, 0, 5))
+    rows = tables.map_A1([probe, short, other, unsettled, dict(asked=asked | dict(K=20), results=ran(0, 1))], layers)
     assert len(rows) == 100 and sum(row["runs"] is not None for row in rows) == 2
     found = {row["m"]: row for row in rows if (row["delta"], row["w"], row["p"]) == (0.1, 4, 2)}
     assert (found[6]["collapsed"], found[6]["runs"], found[6]["thesis"], found[6]["f"]) == (5, 6, 0.04, [0.05, 0.3])
