@@ -59,7 +59,7 @@ def records(row: dict, store: Store) -> list[dict | None]:
     found = []
     for text in row["record"].split("&"):
         kind, asked = query(text)
-        found.append(next((r for r in store.find(kind, **asked) if r["data"]["name"] == "cifar10"), None))
+        found.append(next(iter(store.full(kind, **asked)), None))
     return found
 
 

@@ -148,7 +148,7 @@ class Layer:
         """The Blue Wall of Death: fewer than 15% features, and neurons that no patch can excite any more.
 
         Patches have no negative values, so a neuron without a positive weight is never among the winners for good; at least a
-        tenth of them like that was never seen in a layer that came to something (433 runs), and nearly always, long before
+        tenth of them like that was never seen in a layer that came to something (425 runs), and nearly always, long before
         the end, in those that did not (:func:`fates` has the other signs).
         """
         return _wall(f_score(self.weight, self.settings.p, 1e-4), (self.weight.flatten(1) > 0).any(1).double().mean().item())

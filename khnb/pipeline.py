@@ -108,7 +108,7 @@ class Run:
         """The record of exactly this, if there is one."""
         record = self.store.get(kind, asked, self.data)
         if record is None and self.evidence:
-            record = next((r for r in self.store.find(kind, **asked) if r["data"]["name"] == "cifar10" and r["asked"] == asked), None)
+            record = next((r for r in self.store.full(kind, **asked) if r["asked"] == asked), None)
         if record:
             origin = {"cifar10": "full CIFAR-10"}.get(record["data"]["name"], record["data"]["name"])
             self.note(f"{what}: record {record['id']} from the store, computed on {origin}, {record['started'][:10]}.")

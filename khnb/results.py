@@ -174,6 +174,10 @@ class Store:
         match = [r for r in found if r and all(r["asked"].get(k, LATER.get(k, _MISSING)) == v for k, v in asked.items())]
         return sorted(match, key=lambda r: (r["data"]["name"] != "cifar10", r["asked"].get("seed", 0), r["id"]))
 
+    def full(self, kind: str, **asked) -> list[dict]:
+        """Those of :meth:`find` that were made on the full CIFAR-10."""
+        return [r for r in self.find(kind, **asked) if r["data"]["name"] == "cifar10"]
+
     def arrays(self, record: dict) -> dict[str, np.ndarray]:
         """The arrays of a record. ``ValueError`` naming the file where they are missing or not what was stored."""
         path = self.root / "arrays" / f"{record['id']}.npz"

@@ -115,10 +115,9 @@ def map_A1(probes, layers) -> list[dict]:
     """The cells of the thesis's table A.1, each with what our records say of it.
 
     probes, layers : records of those kinds with K = 10 (others are left out; of several probes of a cell the longest counts). Each
-    row has the cell (``delta``, ``w``, ``p``, ``m``), ``thesis`` (f as printed), ``collapsed`` and ``runs`` (of the probe, only those whose
-    fate is settled; ``None`` without any), ``chance``: the probability of
-    what the thesis's single draw did, collapse (f < 0.15) or not, if the next run were one of ours (Jeffreys' prior,
-    (k + 1/2) / (n + 1)), ``plausible``: whether that is at least 0.1, and ``f``: f-scores at tolerance 1e-4 of our whole layers.
+    row has the cell (``delta``, ``w``, ``p``, ``m``), ``thesis`` (f as printed), ``collapsed`` and ``runs`` (of the probe, only those
+    whose fate is settled; ``None`` without any), ``chance``: the probability of what the thesis's single draw did, collapse
+    (f < 0.15) or not, if the next run were one of ours (Jeffreys' prior, (k + 1/2) / (n + 1)), ``plausible``: whether that is at least 0.1, and ``f``: f-scores at tolerance 1e-4 of our whole layers.
     """
 
     def key(values):

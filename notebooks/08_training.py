@@ -155,7 +155,7 @@ Markdown(tables.markdown(rows, formats={"here": ".2f"}) + f"\n\nRecord `{layer['
 
 # %% tags=["remove-cell"]
 long = dict(K=20, w=8, m=2, p=2.0, delta=0.2, conv_scheduler="constant", conv_eta0=1e-4, conv_batch=200, conv_epochs=1000)
-first = next(r for r in run.store.find("layer", **long) if r["data"]["name"] == "cifar10")
+first = run.store.full("layer", **long)[0]
 kept = run.store.arrays(first)
 glue("fig-8-1", plots.filter_grid(kept["weight"]), display=False)
 quarter = [20 * row + column for row in range(10) for column in range(10)]
@@ -209,7 +209,7 @@ wall = dict(K=20, w=4, p=2.0, conv_scheduler="constant", conv_eta0=7.5e-4, conv_
 
 def of_wall(**more):
     """The layer of sweeps/blue-wall.json with these settings."""
-    return next(r for r in run.store.find("layer", **wall, **more) if r["data"]["name"] == "cifar10")
+    return run.store.full("layer", **wall, **more)[0]
 
 
 def passes(record, stages):
@@ -225,7 +225,7 @@ glue("fig-8-5", plots.filter_grids(passes(stood, (2, 8, 15, 30))), display=False
 before, after = passes(fell, (15, 30)).values()
 blue = int((after.reshape(len(after), -1).max(1) < 0).argmax())  # the first neuron that ends without a positive weight
 glue("fig-8-4", plots.neuron({"after 1.5 passes": before[blue], "after 3 passes": after[blue]}), display=False)
-probe = {delta: next(iter(run.store.find("probe", **wall, m=2, delta=delta))) for delta in (0.2, 0.15)}
+probe = {delta: run.store.full("probe", **wall, m=2, delta=delta)[0] for delta in (0.2, 0.15)}
 outcome = {delta: fates(r["results"], 400) for delta, r in probe.items()}
 told = "; ".join(f"Δ={delta:g}: {each.count('collapsed')} of {len(each)} collapsed" for delta, each in outcome.items())
 glue("wall-probes", Markdown(told), display=False)
@@ -275,18 +275,17 @@ rows = []
 for share, eta in ((1.0, 1e-3), (0.2, 2e-3), (0.1, 2e-3), (0.1, 4e-3)):
     row = {"images an epoch": f"{share:.0%}", "η0": f"{eta:g}"}
     for m, p in shown:
-        found = [r for r in run.store.find("layer", **fixed, m=m, p=p, conv_share=share, conv_eta0=eta) if r["data"]["name"] == "cifar10"]
+        found = run.store.full("layer", **fixed, m=m, p=p, conv_share=share, conv_eta0=eta)
         row[f"f: m={m}, p={p:g}"] = "{f_score_1e4:.2f} ({f_score:.2f})".format(**found[0]["results"]) if found else ""
     for m, p in shown[:2]:
-        found = [r for r in run.store.find("model", model="LL", **fixed, m=m, p=p, conv_share=share, conv_eta0=eta, sigma="gelu", n=4.0, w_pool=5, head_epochs=100)
-                 if r["data"]["name"] == "cifar10"]
+        found = run.store.full("model", model="LL", **fixed, m=m, p=p, conv_share=share, conv_eta0=eta, sigma="gelu", n=4.0, w_pool=5, head_epochs=100)
         row[f"accuracy: m={m}, p={p:g}"] = f"{found[0]['results']['test_accuracy']:.3f}" if found else ""
     rows.append(row)
 stated = {(float(r["m"]), float(r["p"])): r["f_score"] for r in tables.thesis("table_A1") if r["w"] == "4" and r["delta"] == "0.1"}
 rows.append(dict.fromkeys(rows[0], "") | {"images an epoch": "thesis"} | {f"f: m={m}, p={p:g}": stated[m, p] for m, p in shown}
             | {f"accuracy: m={m}, p={p:g}": tables.printed(dict(model="LL", sigma="gelu", delta=0.1, K=10, w=4, m=m, p=p, n=4, w_pool=5), "acc") for m, p in shown[:2]})
 glue("tab-fast", Markdown(tables.markdown(rows)), display=False)
-wide = [r for r in run.store.find("layer", **fixed | dict(w=8, delta=0.1), p=2.0, **settings.FAST) if r["data"]["name"] == "cifar10"]
+wide = run.store.full("layer", **fixed | dict(w=8, delta=0.1), p=2.0, **settings.FAST)
 told = ", ".join(f"{r['results']['f_score_1e4']:.2f} (m={r['asked']['m']})" for r in sorted(wide, key=lambda r: r["asked"]["m"]))
 glue("fast-w8", Markdown(f"with w=8, f is {told}, where the thesis has 1.00"), display=False)
 

@@ -185,7 +185,7 @@ images = training.to_float(sample.test_images[:1000])
 rows = []
 for chosen in (dict(K=10, m=3, p=2.0, conv_share=1.0), dict(K=20, m=3, p=2.0, conv_share=1.0), dict(K=10, m=3, p=4.0, conv_share=0.1), dict(K=10, m=4, p=5.0, conv_share=0.1)):
     eta = 1e-3 if chosen["conv_share"] == 1 else 2e-3
-    record = run.store.find("layer", w=4, delta=0.1, conv_batch=1000, conv_scheduler="cosine", conv_eta0=eta, **chosen)[0]
+    record = run.store.full("layer", w=4, delta=0.1, conv_batch=1000, conv_scheduler="cosine", conv_eta0=eta, **chosen)[0]
     weight = torch.from_numpy(run.store.arrays(record)["weight"])
     feature, layer = is_feature(weight, chosen["p"], 1e-4), KHConv2d(weight, chosen["p"])
     mean = torch.cat([layer(part).mean((2, 3)) for part in images.split(100)]).mean(0)

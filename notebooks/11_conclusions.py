@@ -42,10 +42,8 @@ from khnb import tables
 from khnb.results import Store
 
 rows = []
-for record in Store().find("attack", attack="fgsm", confidence=0.8):
+for record in Store().full("attack", attack="fgsm", confidence=0.8):
     asked, fit = record["asked"], record["results"]["fit"]
-    if record["data"]["name"] != "cifar10":
-        continue
     names = dict.fromkeys((*tables.ENSEMBLE[asked["model"]], "sigma", *(["head_batch"] if asked["model"] == "BP" else [])))
     rows.append({
         "model": asked["model"],

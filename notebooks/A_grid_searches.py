@@ -34,13 +34,9 @@ from khnb.settings import FAST
 
 store = Store()
 
-def full(kind, **asked):
-    """Records made on the full CIFAR-10."""
-    return [r for r in store.find(kind, K=10, conv_scheduler="cosine", **asked) if r["data"]["name"] == "cifar10"]
-
-
-default = dict(conv_batch=1000, conv_chunk=1000, conv_rank="activity", conv_scale="max")
-cells = tables.map_A1(full("probe", **default, conv_eta0=1e-3), full("layer", **default, w=4, conv_share=0.2, conv_eta0=2e-3) + full("layer", **default, w=8, **FAST))
+default = dict(K=10, conv_scheduler="cosine", conv_batch=1000, conv_chunk=1000, conv_rank="activity", conv_scale="max")
+layers = store.full("layer", **default, w=4, conv_share=0.2, conv_eta0=2e-3) + store.full("layer", **default, w=8, **FAST)
+cells = tables.map_A1(store.full("probe", **default, conv_eta0=1e-3), layers)
 
 
 def percent(text):
@@ -61,7 +57,7 @@ for name in ("table_A2", "table_A3", "table_A4"):
     text = tables.markdown(rows, headings, {"avg_accuracy": percent, "max_accuracy": percent})
     glue(name.replace("table_", "tab-").replace("A", "a-"), Markdown(text))
 
-grid1 = [r for r in store.find("probe", w=8, conv_batch=250, conv_share=0.1, conv_epochs=50, until=50) if r["data"]["name"] == "cifar10"]
+grid1 = store.full("probe", w=8, conv_batch=250, conv_share=0.1, conv_epochs=50, until=50)
 ours = tables.shares_8_1([(r["asked"], r["results"]["f_1e4"][0][-1]) for r in grid1])
 rows = []
 for row in ours:
@@ -142,7 +138,7 @@ conventions = {
     "ranked by Q": dict(conv_rank="Q"),
     "mean update": dict(conv_scale="mean", conv_eta0=1e-2),
 }
-maps = {name: tables.map_A1(full("probe", w=4, **default | change), []) for name, change in conventions.items()}
+maps = {name: tables.map_A1(store.full("probe", w=4, **default | change), []) for name, change in conventions.items()}
 border = [(c["delta"], 4, c["p"], c["m"]) for c in json.loads((tables.REFERENCE.parent / "sweeps" / "conventions.json").read_text())[0]["each"]]
 compared = [i for i, cell in enumerate(cells) if tuple(cell[name] for name in tables.CELL) in border]
 rows = []

@@ -34,7 +34,7 @@ from myst_nb import glue
 from khnb import tables
 from khnb.results import Store
 
-attacks = [r for r in Store().find("attack", confidence=0.8) if r["data"]["name"] == "cifar10"]
+attacks = Store().full("attack", confidence=0.8)
 
 
 def ours(row, model, attack):

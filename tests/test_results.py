@@ -121,6 +121,7 @@ class TestFind:
                 put(store, ASKED | dict(seed=seed), data)
         found = [(r["data"]["name"], r["asked"]["seed"]) for r in store.find("model", model="LL", K=2)]
         assert found == [(name, seed) for name in ("cifar10", "cifar10-sample") for seed in (0, 2, 10)]
+        assert store.full("model", model="LL", K=2) == store.find("model", model="LL", K=2)[:3] and store.full("model", K=3) == []
 
     def test_only_what_was_named(self, store):
         put(store, dict(K=2, seed=0)), put(store, dict(K=3, seed=0)), put(store, dict(K=2, seed=0), kind="layer")
