@@ -9,7 +9,8 @@ Data flows one way, and a module imports only from modules above it in this list
 :mod:`khnb.layer`       the KH layer, forward (eqs. 4.2-4.4, 6.5)
 :mod:`khnb.learning`    the KH learning rule, schedules, f-score (eqs. 4.5-4.7, 6.1-6.4)
 :mod:`khnb.models`      the one architecture of fig. 6.1, LL and BP
-:mod:`khnb.training`    classifier heads on shared features; end-to-end BP
+:mod:`khnb.training`    end-to-end training of the BP twin; predictions
+:mod:`khnb.heads`       classifiers on one KH layer, trained together on shared features
 :mod:`khnb.attacks`     FGSM, IFGSM, PGD; adversarial radius per image (eqs. 7.3-7.5)
 :mod:`khnb.robustness`  the logistic curve, its fitter, R with its error (eqs. 7.6-7.7)
 :mod:`khnb.results`     the store: one record per trained or attacked model

@@ -221,9 +221,10 @@ typedef int32_t v8i __attribute__((vector_size(32), aligned(4)));
 typedef float v4 __attribute__((vector_size(16), aligned(4)));
 #define ACROSS 6 /* positions computed together */
 
-/* One row of the convolution: row[x][f] for all x. weight is (D, filters), filters a multiple of 16. */
+/* One row of the convolution: row[x][f] for all x, each x times its scale if there are any. weight is (D, filters), filters
+   a multiple of 16. */
 static void conv_row(const float *image, const int32_t *offset, int64_t D, const float *weight, const float *bias,
-                     int64_t filters, int64_t out, float *row)
+                     const float *scale, int64_t filters, int64_t out, float *row)
 {
     for (int64_t f = 0; f < filters; f += 16)
         for (int64_t x = 0; x < out; x += ACROSS) {
@@ -239,14 +240,15 @@ static void conv_row(const float *image, const int32_t *offset, int64_t D, const
                 for (int i = 0; i < ACROSS; i++) { sum[i][0] += a * at[i]; sum[i][1] += b * at[i]; }
             }
             for (int i = 0; i < ACROSS; i++) {
-                *(v8 *)(row + (x + i) * filters + f) = sum[i][0];
-                *(v8 *)(row + (x + i) * filters + f + 8) = sum[i][1];
+                float by = scale ? scale[x + i] : 1;
+                *(v8 *)(row + (x + i) * filters + f) = sum[i][0] * by;
+                *(v8 *)(row + (x + i) * filters + f + 8) = sum[i][1] * by;
             }
         }
 }
 
-/* Of q values, step apart, the largest and its place, for 8 filters side by side. Places are given (at, step apart) or
-   counted up from first. An equal, later value does not count, as in the usual max-pooling. */
+/* Of q values, step apart, the largest and, if it is asked for, its place, for 8 filters side by side. Places are given (at,
+   step apart) or counted up from first. An equal, later value does not count, as in the usual max-pooling. */
 static inline __attribute__((always_inline)) void
 largest(const float *value, const int32_t *at, int32_t first, int64_t step, int64_t q, float *top, int32_t *top_at)
 {
@@ -254,48 +256,59 @@ largest(const float *value, const int32_t *at, int32_t first, int64_t step, int6
     v8i where = at ? *(const v8i *)at : (v8i){0} + first;
     for (int64_t j = 1; j < q; j++) {
         v8 next = *(const v8 *)(value + j * step);
-        v8i here = at ? *(const v8i *)(at + j * step) : (v8i){0} + (first + (int32_t)j);
         v8i more = next > best; /* all bits set where true */
         best = (v8)(((v8i)next & more) | ((v8i)best & ~more));
+        if (!top_at) continue;
+        v8i here = at ? *(const v8i *)(at + j * step) : (v8i){0} + (first + (int32_t)j);
         where = (here & more) | (where & ~more);
     }
     *(v8 *)top = best;
-    *(v8i *)top_at = where;
+    if (top_at) *(v8i *)top_at = where;
 }
 
-/* Convolution with bias, then max-pooling (window q, stride s): images (count, C, H, W) -> out (count, total, P, P), and
-   the place that won, y * W + x, in where; both point at the first of the F filters done here, weight is (D, filters),
-   filters >= F a multiple of 16. Side of the convolution at least 6. scratch: see khnb/native.py. */
+/* Convolution with bias, each place times its scale (count, side, across) if there are any, then one or more max-poolings
+   (window and stride in pools): images (count, C, H, W) -> out[k] (count, total, P, X) of the k-th pooling and, if there is
+   where, the places that won, y * W + x; out and where point at the first of the F filters done here, weight is (D, filters),
+   filters >= F a multiple of 16. Sides of the convolution at least 6. scratch: see khnb/native.py. */
 void khnb_conv_pool(const float *images, int64_t count, int64_t C, int64_t H, int64_t W, int64_t w, const float *weight,
-                    const float *bias, int64_t filters, int64_t F, int64_t total, int64_t q, int64_t s, float *scratch,
-                    float *out, int32_t *where)
+                    const float *bias, const float *scale, int64_t filters, int64_t F, int64_t total, const int64_t *pools,
+                    int64_t poolings, float *scratch, float **out, int32_t *where)
 {
-    int64_t side = H - w + 1, across = W - w + 1, P = (side - q) / s + 1, X = (across - q) / s + 1, D = C * w * w;
+    int64_t side = H - w + 1, across = W - w + 1, D = C * w * w, room = side * across * filters;
     float *row = scratch, *best = row + across * filters;
-    int32_t *at = (int32_t *)(best + side * X * filters), *offset = at + side * X * filters;
+    int32_t *at = (int32_t *)(best + poolings * room), *offset = at + (where ? room : 0);
     for (int64_t c = 0, d = 0; c < C; c++)
         for (int64_t r = 0; r < w; r++)
             for (int64_t j = 0; j < w; j++) offset[d++] = (int32_t)((c * H + r) * W + j);
-    for (int64_t n = 0; n < count; n++, images += C * H * W, out += total * P * X, where += total * P * X) {
+    for (int64_t n = 0; n < count; n++, images += C * H * W) {
         for (int64_t y = 0; y < side; y++) {
-            conv_row(images + y * W, offset, D, weight, bias, filters, across, row);
-            for (int64_t x = 0; x < X; x++)
-                for (int64_t f = 0; f < filters; f += 8)
-                    largest(row + x * s * filters + f, 0, (int32_t)(y * W + x * s), filters, q,
-                            best + (y * X + x) * filters + f, at + (y * X + x) * filters + f);
-        }
-        for (int64_t f = 0; f < F; f += 8)
-            for (int64_t y = 0; y < P; y++)
-                for (int64_t x = 0; x < X; x++) {
-                    int64_t from = (y * s * X + x) * filters + f;
-                    float top[8];
-                    int32_t top_at[8];
-                    largest(best + from, at + from, 0, X * filters, q, top, top_at);
-                    for (int64_t l = 0; l < 8 && f + l < F; l++) {
-                        out[((f + l) * P + y) * X + x] = top[l];
-                        where[((f + l) * P + y) * X + x] = top_at[l];
+            conv_row(images + y * W, offset, D, weight, bias, scale ? scale + (n * side + y) * across : 0, filters, across, row);
+            for (int64_t k = 0; k < poolings; k++) {
+                int64_t q = pools[2 * k], s = pools[2 * k + 1], X = (across - q) / s + 1;
+                for (int64_t x = 0; x < X; x++)
+                    for (int64_t f = 0; f < filters; f += 8) {
+                        int64_t to = (y * X + x) * filters + f;
+                        largest(row + x * s * filters + f, 0, (int32_t)(y * W + x * s), filters, q, best + k * room + to,
+                                where ? at + to : 0);
                     }
-                }
+            }
+        }
+        for (int64_t k = 0; k < poolings; k++) {
+            int64_t q = pools[2 * k], s = pools[2 * k + 1], P = (side - q) / s + 1, X = (across - q) / s + 1;
+            for (int64_t f = 0; f < F; f += 8)
+                for (int64_t y = 0; y < P; y++)
+                    for (int64_t x = 0; x < X; x++) {
+                        int64_t from = (y * s * X + x) * filters + f;
+                        float top[8];
+                        int32_t top_at[8];
+                        largest(best + k * room + from, where ? at + from : 0, 0, X * filters, q, top, where ? top_at : 0);
+                        for (int64_t l = 0; l < 8 && f + l < F; l++) {
+                            int64_t to = ((n * total + f + l) * P + y) * X + x;
+                            out[k][to] = top[l];
+                            if (where) where[to] = top_at[l];
+                        }
+                    }
+        }
     }
 }
 
@@ -326,4 +339,149 @@ void khnb_conv_pool_back(const float *images, int64_t count, int64_t C, int64_t 
                         for (int64_t j = 0; j < w; j++)
                             to[(c * w + r) * w + j] += grad[k] * images[where[k] + (c * H + r) * W + j];
         }
+}
+
+#define IMAGES 64 /* images of a classifier's minibatch done together */
+#define DEEP 512  /* features of them at a time */
+#define WIDE (2 * VL)
+#define OUTS 5 /* outputs computed together */
+
+/* y^n of rows of features (some, D), from d on at most DEEP of them, as (blocks, IMAGES + 1, WIDE), padded with zeros: the
+   extra image keeps equal places of the blocks from falling into the same lines of the cache. */
+static void powers(const float *y, int64_t some, int64_t D, int64_t d, int64_t n, float *a)
+{
+    for (int64_t i = 0; i < some; i++, a += WIDE) {
+        float *to = a;
+        for (int64_t first = d; first < D && first < d + DEEP; first += WIDE, to += (IMAGES + 1) * WIDE) {
+            const float *from = y + i * D + first;
+            float last[WIDE] = {0};
+            if (D - first < WIDE) from = memcpy(last, from, sizeof(float) * (D - first));
+            vf x0 = *(const vf *)from, x1 = *(const vf *)(from + VL), y0 = x0, y1 = x1;
+            int begun = n & 1;
+            for (int64_t rest = n >> 1; rest; rest >>= 1) { /* repeated squaring, as in khnb/models.py */
+                x0 *= x0;
+                x1 *= x1;
+                if (rest & 1) {
+                    y0 = begun ? y0 * x0 : x0;
+                    y1 = begun ? y1 * x1 : x1;
+                    begun = 1;
+                }
+            }
+            *(vf *)to = y0;
+            *(vf *)(to + VL) = y1;
+        }
+    }
+}
+
+/* logits[i][o] += sum over features of a, for images i and i + 1 and OUTS outputs */
+static inline __attribute__((always_inline)) void
+forward(const float *a, const float *const *rows, int64_t blocks, int64_t O, int both, int outs, float *logits)
+{
+    vf sum[2][OUTS];
+    for (int o = 0; o < OUTS; o++) sum[0][o] = sum[1][o] = (vf){0};
+    for (int64_t b = 0; b < blocks; b++, a += (IMAGES + 1) * WIDE)
+        for (int q = 0; q < 2; q++) {
+            vf x = *(const vf *)(a + q * VL), y = both ? *(const vf *)(a + WIDE + q * VL) : x;
+            for (int o = 0; o < outs; o++) {
+                vf weight = *(const vf *)(rows[o] + b * WIDE + q * VL);
+                sum[0][o] += x * weight;
+                if (both) sum[1][o] += y * weight;
+            }
+        }
+    for (int i = 0; i <= both; i++)
+        for (int o = 0; o < outs; o++) {
+            float total = 0;
+            for (int j = 0; j < VL; j++) total += sum[i][o][j];
+            logits[i * O + o] += total;
+        }
+}
+
+/* rows[o][...] += sum over images of gradient[i][o] a[i][...], for one block of features and OUTS outputs */
+static inline __attribute__((always_inline)) void
+backward(const float *a, const float *gradient, int64_t some, int64_t O, int outs, float *const *rows, int64_t b)
+{
+    vf sum[OUTS][2];
+    for (int o = 0; o < outs; o++)
+        for (int q = 0; q < 2; q++) sum[o][q] = *(const vf *)(rows[o] + b * WIDE + q * VL);
+    for (int64_t i = 0; i < some; i++, a += WIDE, gradient += O) {
+        vf x = *(const vf *)a, y = *(const vf *)(a + VL);
+        for (int o = 0; o < outs; o++) {
+            sum[o][0] += x * gradient[o];
+            sum[o][1] += y * gradient[o];
+        }
+    }
+    for (int o = 0; o < outs; o++)
+        for (int q = 0; q < 2; q++) *(vf *)(rows[o] + b * WIDE + q * VL) = sum[o][q];
+}
+
+#define WITH_OUTS(call) \
+    switch (outs) { case 1: call(1); break; case 2: call(2); break; case 3: call(3); break; case 4: call(4); break; default: call(5); }
+
+/* Softmax classifiers on the same features y^n, y (count, D): mean cross-entropy's gradient, each image weighted with share.
+   weight, dweight (heads, classes, D); bias, dbias (heads, classes); the gradients, loss (heads; summed) and
+   right (heads; images whose largest logit is the label's) are added to. scratch: see khnb/native.py. */
+void khnb_heads(const float *y, const int64_t *labels, int64_t count, int64_t D, int64_t n, float share, int64_t heads,
+                int64_t classes, const float *weight, const float *bias, float *dweight, float *dbias, double *loss,
+                int64_t *right, float *scratch)
+{
+    int64_t O = heads * classes, most = DEEP / WIDE;
+    float *a = scratch, *tail = a + most * (IMAGES + 1) * WIDE, *logits = tail + OUTS * DEEP;
+    for (; count > 0; count -= IMAGES, y += IMAGES * D, labels += IMAGES) {
+        int64_t some = count < IMAGES ? count : IMAGES;
+        for (int64_t i = 0; i < some; i++) memcpy(logits + i * O, bias, sizeof(float) * O);
+        for (int64_t d = 0; d < D; d += DEEP) {
+            int64_t here = D - d < DEEP ? D - d : DEEP, blocks = (here + WIDE - 1) / WIDE;
+            powers(y, some, D, d, n, a);
+            for (int64_t h = 0; h < heads; h++)
+                for (int64_t c = 0; c < classes; c += OUTS) {
+                    int outs = classes - c < OUTS ? (int)(classes - c) : OUTS;
+                    const float *rows[OUTS];
+                    for (int o = 0; o < outs; o++) {
+                        rows[o] = weight + (h * classes + c + o) * D + d;
+                        if (here % WIDE == 0) continue;
+                        memset(tail + o * DEEP, 0, sizeof(float) * DEEP); /* a piece that does not fill its last block */
+                        rows[o] = memcpy(tail + o * DEEP, rows[o], sizeof(float) * here);
+                    }
+                    int64_t at = h * classes + c, i = 0;
+#define BOTH(outs) for (; i + 1 < some; i += 2) forward(a + i * WIDE, rows, blocks, O, 1, outs, logits + i * O + at)
+#define ONE(outs) for (; i < some; i++) forward(a + i * WIDE, rows, blocks, O, 0, outs, logits + i * O + at)
+                    WITH_OUTS(BOTH)
+                    WITH_OUTS(ONE)
+                }
+        }
+        for (int64_t i = 0; i < some; i++)
+            for (int64_t h = 0; h < heads; h++) {
+                float *z = logits + i * O + h * classes, top = z[0], of_label = z[labels[i]];
+                int64_t guess = 0;
+                double total = 0;
+                for (int64_t c = 1; c < classes; c++)
+                    if (z[c] > top) { top = z[c]; guess = c; }
+                for (int64_t c = 0; c < classes; c++) total += z[c] = expf(z[c] - top);
+                loss[h] += log(total) - (double)(of_label - top);
+                right[h] += guess == labels[i];
+                for (int64_t c = 0; c < classes; c++) {
+                    z[c] = share * ((float)(z[c] / total) - (c == labels[i]));
+                    dbias[h * classes + c] += z[c];
+                }
+            }
+        for (int64_t d = 0; d < D; d += DEEP) {
+            int64_t here = D - d < DEEP ? D - d : DEEP, blocks = (here + WIDE - 1) / WIDE;
+            powers(y, some, D, d, n, a);
+            for (int64_t h = 0; h < heads; h++)
+                for (int64_t c = 0; c < classes; c += OUTS) {
+                    int outs = classes - c < OUTS ? (int)(classes - c) : OUTS;
+                    float *rows[OUTS];
+                    for (int o = 0; o < outs; o++) {
+                        rows[o] = dweight + (h * classes + c + o) * D + d;
+                        if (here % WIDE) rows[o] = memcpy(tail + o * DEEP, rows[o], sizeof(float) * here);
+                    }
+                    const float *g = logits + h * classes + c;
+                    for (int64_t b = 0; b < blocks; b++)
+#define BACK(outs) backward(a + b * (IMAGES + 1) * WIDE, g, some, O, outs, rows, b)
+                        WITH_OUTS(BACK)
+                    if (here % WIDE)
+                        for (int o = 0; o < outs; o++) memcpy(dweight + (h * classes + c + o) * D + d, rows[o], sizeof(float) * here);
+                }
+        }
+    }
 }

@@ -47,12 +47,16 @@ class _Power(torch.autograd.Function):
         return _whole_power(ctx.saved_tensors[0], ctx.n - 1) * ctx.n * grad, None
 
 
-def activate(x: Tensor, sigma: str, n: float) -> Tensor:
-    """sigma(x)^n, element by element (chapter 6). x : float tensor of any shape; dtype kept."""
-    y = ACTIVATIONS[sigma](x)
+def power(y: Tensor, n: float) -> Tensor:
+    """y^n, element by element; a broken n wants y >= 0."""
     if n == 1:
         return y
     return _Power.apply(y, int(n)) if n == int(n) else y.pow(n)
+
+
+def activate(x: Tensor, sigma: str, n: float) -> Tensor:
+    """sigma(x)^n, element by element (chapter 6). x : float tensor of any shape; dtype kept."""
+    return power(ACTIVATIONS[sigma](x), n)
 
 
 class Network(nn.Module):
@@ -74,8 +78,12 @@ class Network(nn.Module):
                 return pooled
         return F.max_pool2d(self.conv(images), self.head.w_pool, self.head.s_pool)
 
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Logits (B, classes) from pooled activities, (B, F, P, P) or flattened."""
+        return self.linear(activate(pooled, self.head.sigma, self.head.n).flatten(1))
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.linear(activate(self.pool(images), self.head.sigma, self.head.n).flatten(1))
+        return self.classify(self.pool(images))
 
 
 def n_features(filters: int, side: int, w: int, head: HeadSettings) -> int:

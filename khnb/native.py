@@ -65,9 +65,10 @@ def _library():
         [place] * 3 + [number] * 3 + [place, number] + [ctypes.c_int] * 2 + [ctypes.c_float] * 2 + [ctypes.c_int] * 2 + [place] * 2
     )
     library.khnb_learn.restype = number
-    library.khnb_conv_pool.argtypes = [place] + [number] * 5 + [place] * 2 + [number] * 5 + [place] * 3
+    library.khnb_conv_pool.argtypes = [place] + [number] * 5 + [place] * 3 + [number] * 3 + [place, number] + [place] * 3
     library.khnb_conv_pool_back.argtypes = [place] + [number] * 5 + [place] * 2 + [number] * 2 + [place] * 2
-    for name in ("sizes", "gather", "scales", "conv_pool", "conv_pool_back"):
+    library.khnb_heads.argtypes = [place] * 2 + [number] * 3 + [ctypes.c_float] + [number] * 2 + [place] * 7
+    for name in ("sizes", "gather", "scales", "conv_pool", "conv_pool_back", "heads"):
         getattr(library, f"khnb_{name}").restype = None
     return library
 
@@ -129,45 +130,58 @@ def learn(patches: Patches, weight: Tensor, wins: Tensor, p, m, delta, eta, by_q
     )
 
 
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
 def _in_parts(count: int, work) -> list:
     """work(start, stop) on as many threads as PyTorch uses (the kernels let go of the interpreter lock)."""
     threads = max(1, min(torch.get_num_threads(), count))
     edges = [count * i // threads for i in range(threads + 1)]
     if threads == 1:
         return [work(0, count)]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, edges[:-1], edges[1:]))
+    return list(_pool(threads).map(work, edges[:-1], edges[1:]))
+
+
+def _pointers(tensors) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def _conv_pool(images, weight, bias, scale, pools, places: bool):
+    """The kernel for all filters, as many at a time as keep the rows of one image in the processor's cache."""
+    count, channels, height, width = images.shape
+    filters, w = len(weight), weight.shape[-1]
+    side, across, size = height - w + 1, width - w + 1, channels * w * w
+    out = [images.new_empty((count, filters, (side - q) // s + 1, (across - q) // s + 1)) for q, s in pools]
+    where = torch.empty(out[0].shape, dtype=torch.int32) if places else None
+    step, blocks = max(16, BLOCK // len(pools) // 16 * 16), []
+    for first in range(0, filters, step):
+        here = min(step, filters - first)
+        padded = -(-here // 16) * 16
+        flat, offset = weight.new_zeros((size, padded)), weight.new_zeros(padded)
+        flat[:, :here] = weight[first : first + here].flatten(1).T
+        offset[:here] = 0 if bias is None else bias[first : first + here]
+        blocks.append((first, here, padded, flat, offset))
+    windows = torch.tensor(pools, dtype=torch.int64)
+
+    def work(start, stop):
+        for first, here, padded, flat, offset in blocks:
+            scratch = torch.empty(padded * across * (1 + side * (len(pools) + places)) + size)
+            _library().khnb_conv_pool(
+                images[start:].data_ptr(), stop - start, channels, height, width, w, flat.data_ptr(), offset.data_ptr(),
+                None if scale is None else scale[start:].data_ptr(), padded, here, filters, windows.data_ptr(), len(pools),
+                scratch.data_ptr(), _pointers([each[start:, first:] for each in out]), where[start:, first:].data_ptr() if places else None,
+            )
+
+    _in_parts(count, work)
+    return out, where
 
 
 class _ConvPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, weight, bias, w_pool, s_pool):
-        count, channels, height, width = images.shape
-        filters, w = len(weight), weight.shape[-1]
-        side, across, size = height - w + 1, width - w + 1, channels * w * w
-        down, right = (side - w_pool) // s_pool + 1, (across - w_pool) // s_pool + 1
-        out = images.new_empty((count, filters, down, right))
-        where = torch.empty(out.shape, dtype=torch.int32)
-        # as many filters at a time as keep the rows of one image in the processor's cache
-        blocks = []
-        for first in range(0, filters, BLOCK):
-            here = min(BLOCK, filters - first)
-            padded = -(-here // 16) * 16
-            flat, offset = weight.new_zeros((size, padded)), weight.new_zeros(padded)
-            flat[:, :here] = weight[first : first + here].flatten(1).T
-            offset[:here] = bias[first : first + here]
-            blocks.append((first, here, padded, flat, offset))
-
-        def work(start, stop):
-            for first, here, padded, flat, offset in blocks:
-                scratch = torch.empty(padded * (across + 2 * side * right) + size)
-                _library().khnb_conv_pool(
-                    images[start:].data_ptr(), stop - start, channels, height, width, w, flat.data_ptr(), offset.data_ptr(),
-                    padded, here, filters, w_pool, s_pool, scratch.data_ptr(),
-                    out[start:, first:].data_ptr(), where[start:, first:].data_ptr(),
-                )
-
-        _in_parts(count, work)
+        (out,), where = _conv_pool(images, weight, bias, None, [(w_pool, s_pool)], True)
         ctx.save_for_backward(images, where)
         ctx.shape = weight.shape
         return out
@@ -190,15 +204,57 @@ class _ConvPool(torch.autograd.Function):
         return None, sum(p[0] for p in parts), sum(p[1] for p in parts), None, None
 
 
+def _convolves(images: Tensor, *others: Tensor) -> bool:
+    fits = min(images.shape[2:]) - others[0].shape[-1] + 1 >= 6 and len(images) > 0
+    plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in (images, *others))
+    return fits and plain and not images.requires_grad and _library() is not None
+
+
 def conv_pool(images: Tensor, weight: Tensor, bias: Tensor, w_pool: int, s_pool: int) -> Tensor | None:
     """max_pool2d(conv2d(images, weight, bias), w_pool, s_pool), differentiable in weight and bias; ``None`` where not served.
 
     Served: float32 on the CPU, images that need no gradient, a convolution at least 6 positions wide and high.
     """
-    fits = min(images.shape[2:]) - weight.shape[-1] + 1 >= 6 and len(images) > 0
-    tensors = (images, weight, bias)
-    if images.requires_grad or not fits or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
-        return None
-    if _library() is None:
+    if not _convolves(images, weight, bias):
         return None
     return _ConvPool.apply(images.contiguous(), weight, bias, w_pool, s_pool)
+
+
+def conv_pools(images: Tensor, weight: Tensor, scale: Tensor, pools: list[tuple[int, int]]) -> list[Tensor] | None:
+    """max_pool2d(conv2d(images, weight) * scale, w_pool, s_pool) for each (w_pool, s_pool); ``None`` where not served.
+
+    scale : (B, 1, H-w+1, W-w+1). Served: as :func:`conv_pool`. No gradients.
+    """
+    if not _convolves(images, weight, scale):
+        return None
+    return _conv_pool(images.contiguous(), weight, None, scale.contiguous(), pools, False)[0]
+
+
+def classifies(weight: Tensor) -> bool:
+    """Whether :func:`classify` serves classifiers with these weights: float32 on the CPU."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and _library() is not None
+
+
+def classify(y: Tensor, labels: Tensor, n: int, share: float, weight: Tensor, bias: Tensor, to: list) -> None:
+    """Softmax classifiers on y^n: gradients of share * (sum of the cross-entropies), loss and hits are added to ``to``.
+
+    y : (B, D) float32, contiguous; labels : (B,) int64; weight : (heads, classes, D); bias : (heads, classes); n : whole, >= 1;
+    to : for each thread something with weight, bias, loss (float64) and right (int64), as :class:`khnb.heads._Sums`.
+    """
+    heads, classes, features = weight.shape
+    lanes = _sizes()[0]
+    room = 512 // lanes * 65 * lanes + 5 * 512 + 64 * heads * classes  # DEEP, IMAGES and OUTS in kernels.c
+
+    def work(start, stop, sums):
+        scratch = torch.empty(room)
+        _library().khnb_heads(
+            y[start:].data_ptr(), labels[start:].data_ptr(), stop - start, features, n, share, heads, classes, weight.data_ptr(),
+            bias.data_ptr(), sums.weight.data_ptr(), sums.bias.data_ptr(), sums.loss.data_ptr(), sums.right.data_ptr(), scratch.data_ptr(),
+        )
+
+    threads = min(len(to), len(y))
+    edges = [len(y) * i // threads for i in range(threads + 1)]
+    if threads == 1:
+        work(0, len(y), to[0])
+    else:
+        list(_pool(threads).map(work, edges[:-1], edges[1:], to))

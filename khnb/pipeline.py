@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from khnb import attacks, learning, models, robustness, training
 from khnb import data as datasets
 from khnb.data import Dataset
+from khnb.heads import Head, logits, train_heads
 from khnb.native import cache_dir
 from khnb.results import Store, atomic_write, record_id
 from khnb.settings import DTYPES, PARAMETERS, ConvSettings, HeadSettings, check, check_geometry
@@ -73,11 +74,11 @@ class Checkpoint:
             warnings.warn(f"checkpoint {self.path} is damaged ({type(error).__name__}); starting from the beginning")
             return None
 
-    def save(self, state, force: bool = False) -> None:
-        """Write the state, at most every ``every_s`` seconds."""
+    def save(self, state: Callable, force: bool = False) -> None:
+        """Write what ``state()`` gives, at most every ``every_s`` seconds."""
         if force or time.monotonic() - self.last > self.every_s:
             buffer = io.BytesIO()
-            torch.save(state, buffer)
+            torch.save(state(), buffer)
             atomic_write(self.path, buffer.getvalue())
             self.last = time.monotonic()
 
@@ -154,7 +155,7 @@ def _lockstep(run: Run, convs: list[ConvSettings], what: str, snapshots=(), **mo
             bar.total = sum(len(layer.history) if layer.stopped else end for layer, end in zip(layers, ends, strict=True))
             bar.update(sum(len(layer.history) for layer in layers) - bar.n)
             bar.set_postfix(f=layers[0].history[-1]["f_1e4"], norm=layers[0].history[-1]["norm"]) if len(layers) == 1 else None
-            checkpoint.save([{name: getattr(layer, name) for name in ("weight", "history", "wins", "snapshots", "stopped")} for layer in layers])
+            checkpoint.save(lambda: [{name: getattr(layer, name) for name in ("weight", "history", "wins", "snapshots", "stopped")} for layer in layers])
 
         kept = {*snapshots, *(conv.conv_epochs for conv in convs)} if snapshots else ()
         return learning.train_layers(data.train_images, convs, pick_device(run.device), layers, kept, after_epoch, **more)
@@ -217,54 +218,103 @@ def collapse_probes(run: Run, convs: list[ConvSettings], seeds: int, until: int)
     return found
 
 
-def _train(run: Run, asked: dict, model: models.Network, inputs, started: float, what: str, **more) -> dict:
-    data = run.data
-    checkpoint = Checkpoint(record_id("model", asked, data.sha256))
-    state = checkpoint.load()
-    done, epochs = len(state["history"]) if state else 0, model.head.head_epochs
-    run.note(f"{what}: training on {len(inputs)} images of {data.name}, epoch {done + 1} to {epochs}.")
-    with progress(epochs, what, "epoch", done) as bar:
+def _images(run: Run, head: HeadSettings):
+    """Training images and labels, without those held out."""
+    count = len(run.data.train_images) - head.held_out
+    if count < 1:
+        raise ValueError(f"held_out={head.held_out} is not valid: {run.data.name} has {count + head.held_out} training images")
+    return run.data.train_images[:count], run.data.train_labels[:count]
 
-        def after_epoch(state):
-            bar.update()
-            bar.set_postfix(loss=state["history"][-1]["loss"], accuracy=state["history"][-1]["accuracy"])
-            checkpoint.save(state)
 
-        history = training.train(model, inputs, data.train_labels, state, after_epoch)
-    device = model.linear.weight.device
-    top, guess = training.predict(model.eval(), data.test_images).softmax(1).max(1)
+def _told(run: Run, held_out: int) -> list:
+    """What a trained model is asked about: the test images and, if any, those held out."""
+    return [run.data.test_images, *([run.data.train_images[-held_out:]] if held_out else [])]
+
+
+def _put_model(run: Run, asked: dict, model: models.Network, said: list, history: list[dict], wall_s: float, device, **more) -> dict:
+    """Store a trained model, with its logits of the images of :func:`_told`."""
+    data, kept = run.data, model.head.held_out
+    top, guess = said[0].softmax(1).max(1)
     right = guess == data.test_labels
-    record = run.store.put(
-        "model", asked, data,
-        results=dict(
-            test_accuracy=right.double().mean().item(), test_images=len(right),
-            confident_and_correct=int((right & (top >= 0.8)).sum()), history=history,
-        ),
-        arrays={name.replace(".", "_"): value.cpu().numpy() for name, value in model.state_dict().items()},
-        wall_s=time.perf_counter() - started + sum(row["seconds"] for row in history[:done]), device=device, **more,
+    results = dict(
+        test_accuracy=right.double().mean().item(), test_images=len(right), confident_and_correct=int((right & (top >= 0.8)).sum()), history=history
     )
-    checkpoint.clear()
-    return record
+    if kept:
+        right = said[1].argmax(1) == data.train_labels[-kept:]
+        results |= dict(validation_accuracy=right.double().mean().item(), validation_images=kept)
+    arrays = {name.replace(".", "_"): value.cpu().numpy() for name, value in model.state_dict().items()}
+    return run.store.put("model", asked, data, results=results, arrays=arrays, wall_s=wall_s, device=device, **more)
 
 
-def ll_model(run: Run, conv: ConvSettings, head: HeadSettings, feature_dtype: str = "float32") -> dict:
-    """Record of the LL model with these settings; layer and head are trained where the store lacks them.
+def ll_models(run: Run, conv: ConvSettings, heads: list[HeadSettings], feature_dtype: str = "float32", memory: float = 4.0) -> list[dict]:
+    """Records of LL models with one KH layer: the store's, else trained now, all heads together (:func:`khnb.heads.train_heads`).
 
-    Layer and head share their seed. ``feature_dtype`` is how features are kept while a head trains (``bfloat16`` halves
-    their memory); a stored model is taken with either.
+    The layer is trained where the store lacks it; heads have their own seeds. ``feature_dtype`` is how pooled activities are kept while
+    heads train (``float16`` and ``bfloat16`` halve their memory), in at most ``memory`` GiB; a stored model is taken with any of them.
+    ``results.history`` of a record has the time of its share: that of an epoch divided by the number of heads in it.
+    Raises ``FloatingPointError`` where the loss of a head stops being finite, after the others are stored.
     """
-    check_geometry(run.shape[1], conv.w, head.w_pool)
-    asked = dict(model="LL") | conv.dict() | head.dict()
-    for dtype in dict.fromkeys([feature_dtype, *DTYPES]):
-        record = run.find("model", asked | dict(feature_dtype=dtype), "LL model")
-        if record:
-            return record
-    layer = conv_layer(run, conv)
-    started = time.perf_counter()
-    model = models.ll_network(torch.from_numpy(run.store.arrays(layer)["weight"]), conv.p, head, *run.shape[1:])
-    model = model.to(pick_device(run.device)).eval()
-    inputs = training.features(model, run.data.train_images, getattr(torch, feature_dtype))
-    return _train(run, asked | dict(feature_dtype=feature_dtype), model, inputs, started, "LL head", layer=layer["id"])
+    for head in heads:
+        check_geometry(run.shape[1], conv.w, head.w_pool)
+    asked = {head: dict(model="LL") | conv.dict() | head.dict() for head in heads}
+    found = {}
+    for head, ask in asked.items():
+        stored = (run.find("model", ask | dict(feature_dtype=dtype), "LL model") for dtype in dict.fromkeys([feature_dtype, *DTYPES]))
+        found[head] = next((record for record in stored if record), None)
+    groups: dict[int, list[HeadSettings]] = {}
+    for head in found:
+        if found[head] is None:
+            groups.setdefault(head.held_out, []).append(head)
+    stopped = []
+    for held_out, group in groups.items():
+        layer = conv_layer(run, conv)
+        trained, wall_s = _train_group(run, conv, layer, group, feature_dtype, memory)
+        stopped += [f"{one.stopped} (sigma={one.network.head.sigma}, n={one.network.head.n:g})" for one in trained if one.stopped]
+        trained = [one for one in trained if not one.stopped]
+        for one, said in zip(trained, zip(*(logits(trained, images) for images in _told(run, held_out)), strict=True), strict=True):
+            found[one.network.head] = _put_model(
+                run, asked[one.network.head] | dict(feature_dtype=feature_dtype), one.network, said, one.history,
+                wall_s=wall_s, device=pick_device(run.device), layer=layer["id"], together=len(group),
+            )
+        _heads_checkpoint(run, conv, group, feature_dtype).clear()
+    if stopped:
+        raise FloatingPointError("; ".join(stopped))
+    return [found[head] for head in heads]
+
+
+def _heads_checkpoint(run, conv, heads, dtype):
+    return Checkpoint(record_id("heads", [conv.dict(), [head.dict() for head in heads], dtype], run.data.sha256))
+
+
+def _train_group(run: Run, conv: ConvSettings, layer: dict, heads: list[HeadSettings], dtype: str, memory: float):
+    """Trained heads with the same held-out images, and each one's share of the time."""
+    started, weight = time.perf_counter(), torch.from_numpy(run.store.arrays(layer)["weight"])
+    device = pick_device(run.device)
+    trained = [Head(models.ll_network(weight, conv.p, head, *run.shape[1:]).to(device).eval()) for head in heads]
+    checkpoint = _heads_checkpoint(run, conv, heads, dtype)
+    state = checkpoint.load()
+    for one, kept in zip(trained, state or [], strict=bool(state)):
+        one.resume(kept)
+    images, labels = _images(run, heads[0])
+    done, before = [len(one.history) for one in trained], sum(row["seconds"] for one in trained for row in one.history)
+    name = "LL head" if len(heads) == 1 else f"{len(heads)} LL heads together"
+    epochs = [head.head_epochs for head in heads]
+    run.note(f"{name}: training on {len(images)} images of {run.data.name}, epoch {min(done) + 1} to {max(epochs)}.")
+    with progress(sum(epochs), name, "epoch", sum(done)) as bar:
+
+        def after_epoch(active):
+            bar.total = sum(len(one.history) if one.stopped else one.network.head.head_epochs for one in trained)
+            bar.update(sum(len(one.history) for one in trained) - bar.n)
+            bar.set_postfix(accuracy=active[0].history[-1]["accuracy"])
+            checkpoint.save(lambda: [one.state() for one in trained])
+
+        train_heads(trained, images, labels, getattr(torch, dtype), memory * 2**30, after_epoch)
+    return trained, (before + time.perf_counter() - started) / len(trained)
+
+
+def ll_model(run: Run, conv: ConvSettings, head: HeadSettings, feature_dtype: str = "float32", memory: float = 4.0) -> dict:
+    """The record of one LL model: see :func:`ll_models`."""
+    return ll_models(run, conv, [head], feature_dtype, memory)[0]
 
 
 def bp_model(run: Run, K: int, w: int, head: HeadSettings, train: bool = True) -> dict | None:
@@ -274,18 +324,39 @@ def bp_model(run: Run, K: int, w: int, head: HeadSettings, train: bool = True) -
     record = run.find("model", asked, "BP model")
     if record or not train:
         return record
-    started = time.perf_counter()
-    model = models.bp_network(K, w, head, *run.shape).to(pick_device(run.device))
-    return _train(run, asked, model, run.data.train_images, started, "BP model")
+    started, device = time.perf_counter(), pick_device(run.device)
+    model = models.bp_network(K, w, head, *run.shape).to(device).train()
+    checkpoint = Checkpoint(record_id("model", asked, run.data.sha256))
+    state = checkpoint.load()
+    images, labels = _images(run, head)
+    done = len(state["history"]) if state else 0
+    run.note(f"BP model: training on {len(images)} images of {run.data.name}, epoch {done + 1} to {head.head_epochs}.")
+    with progress(head.head_epochs, "BP model", "epoch", done) as bar:
+
+        def after_epoch(state):
+            bar.update()
+            bar.set_postfix(loss=state["history"][-1]["loss"], accuracy=state["history"][-1]["accuracy"])
+            checkpoint.save(lambda: state)
+
+        history = training.train(model, images, labels, state, after_epoch)
+    wall_s = time.perf_counter() - started + sum(row["seconds"] for row in history[:done])
+    said = [training.predict(model.eval(), images) for images in _told(run, head.held_out)]
+    record = _put_model(run, asked, model, said, history, wall_s, device)
+    checkpoint.clear()
+    return record
+
+
+def _bp_head(parameters: dict) -> HeadSettings:
+    own = dict(sigma=parameters["bp_sigma"], head_epochs=parameters["bp_epochs"], head_batch=parameters["bp_batch"])
+    return HeadSettings.of(parameters | own)
 
 
 def models_of(run: Run, parameters: dict) -> dict[str, dict]:
     """The records a notebook's parameters ask for: ``LL``, and ``BP`` as the parameter ``bp`` says."""
-    found = dict(LL=ll_model(run, ConvSettings.of(parameters), HeadSettings.of(parameters), parameters["feature_dtype"]))
+    how = {name: parameters[name] for name in ("feature_dtype", "memory") if name in parameters}
+    found = dict(LL=ll_model(run, ConvSettings.of(parameters), HeadSettings.of(parameters), **how))
     if parameters["bp"] != "none":
-        own = dict(sigma=parameters["bp_sigma"], head_epochs=parameters["bp_epochs"], head_batch=parameters["bp_batch"])
-        head = HeadSettings.of(parameters | own)
-        twin = bp_model(run, parameters["K"], parameters["w"], head, train=parameters["bp"] == "train")
+        twin = bp_model(run, parameters["K"], parameters["w"], _bp_head(parameters), train=parameters["bp"] == "train")
         if twin:
             found["BP"] = twin
         else:
@@ -346,10 +417,12 @@ def expand(given: dict) -> list[dict]:
 def main(words: list[str]) -> None:
     """Compute what JSON objects name, e.g. ``{"K": 20, "bp": "train"}``, or files that hold a list of them.
 
-    A value that is a list stands for one object each; ``"each"`` is a list of objects to be merged into this one. Parameters that are not named have their defaults. ``"what"`` is
-    ``"models"`` (trained and attacked; where it is not named), ``"layers"`` (with ``"snapshots"`` and ``"stop_collapsed"``, see :func:`conv_layers`) or ``"probes"``
-    (with ``"seeds"`` and ``"until"``, see :func:`collapse_probes`); layers and probes of one object are trained in lockstep. ``ValueError`` before anything runs
-    where something is wrong.
+    A value that is a list stands for one object each; ``"each"`` is a list of objects to be merged into this one. Parameters that are
+    not named have their defaults. ``"what"`` is ``"models"`` (LL models, with their BP twins as ``"bp"`` says; where it is not named),
+    ``"bp"`` (BP models alone), ``"layers"`` (with ``"snapshots"`` and ``"stop_collapsed"``, see :func:`conv_layers`) or ``"probes"`` (with
+    ``"seeds"`` and ``"until"``, see :func:`collapse_probes`). Layers and probes of one object are trained in lockstep, LL models with the
+    same KH layer together. Models are attacked as well, but for ``"attacked": false``. ``ValueError`` before anything runs where
+    something is wrong.
     """
     asked = []
     for word in words:
@@ -364,23 +437,24 @@ def main(words: list[str]) -> None:
         given = dict(given)
         what, seeds, until = given.pop("what", "models"), given.pop("seeds", 5), given.pop("until", 1)
         snapshots, stop = given.pop("snapshots", list(SNAPSHOTS)), given.pop("stop_collapsed", False)
-        if not isinstance(stop, bool):
-            raise ValueError(f"stop_collapsed={stop!r} is not valid: expected true or false")
+        attacked = given.pop("attacked", True)
+        for name, value in (("stop_collapsed", stop), ("attacked", attacked)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} is not valid: expected true or false")
         for name, numbers, least in (("seeds", [seeds], 1), ("until", [until], 1), ("snapshots", snapshots, 0)):
             if not isinstance(numbers, list) or not all(type(number) is int and number >= least for number in numbers):
                 value = numbers if name == "snapshots" else numbers[0]
                 wanted = f"whole numbers >= {least}" if name == "snapshots" else f"a whole number >= {least}"
                 raise ValueError(f"{name}={value!r} is not valid: expected {wanted}")
-        if what not in ("models", "layers", "probes"):
-            raise ValueError(f"what={what!r} is not valid: one of models, layers, probes")
-        jobs.append((what, [defaults | check(one) for one in expand(given)], seeds, until, snapshots, stop))
+        if what not in ("models", "bp", "layers", "probes"):
+            raise ValueError(f"what={what!r} is not valid: one of models, bp, layers, probes")
+        jobs.append((what, [defaults | check(one) for one in expand(given)], seeds, until, snapshots, stop, attacked))
         for parameters in jobs[-1][1]:
-            ConvSettings.of(parameters), HeadSettings.of(parameters)
-    for what, group, seeds, until, snapshots, stop in jobs:
+            ConvSettings.of(parameters), HeadSettings.of(parameters), _bp_head(parameters)
+    for what, group, seeds, until, snapshots, stop, attacked in jobs:
         run = Run.of(group[0])
-        if what == "models":
-            for parameters in group:
-                _model(run, parameters)
+        if what in ("models", "bp"):
+            _models(run, group, what, attacked)
             continue
         convs = [ConvSettings.of(parameters) for parameters in group]
         records = conv_layers(run, convs, snapshots, stop) if what == "layers" else collapse_probes(run, convs, seeds, until)
@@ -390,12 +464,24 @@ def main(words: list[str]) -> None:
             print(f"K={conv.K} w={conv.w} p={conv.p:g} m={conv.m} delta={conv.delta:g}: {told} ({record['id']})", flush=True)
 
 
-def _model(run: Run, parameters: dict) -> None:
-    for kind, record in models_of(run, parameters).items():
-        attack = fgsm_attack(run, record, parameters["confidence"])
-        fit = attack["results"]["fit"]
-        R = f"R {fit['R']:.5f} +- {fit['R_err']:.5f}" if fit["status"] == "ok" else fit["status"]
-        print(f"{kind} {record['id']}: accuracy {record['results']['test_accuracy']:.4f}, {R}, {fit['n']} images", flush=True)
+def _models(run: Run, group: list[dict], what: str, attacked: bool) -> None:
+    """Train what is missing, LL models with the same layer together; then attack and tell."""
+    together: dict[ConvSettings, list[dict]] = {}
+    for parameters in group if what == "models" else []:
+        together.setdefault(ConvSettings.of(parameters), []).append(parameters)
+    for conv, each in together.items():
+        ll_models(run, conv, [HeadSettings.of(parameters) for parameters in each], each[0]["feature_dtype"], each[0]["memory"])
+    for parameters in group:
+        if what == "bp":
+            found = dict(BP=bp_model(run, parameters["K"], parameters["w"], _bp_head(parameters)))
+        else:
+            found = models_of(run, parameters)
+        for kind, record in found.items():
+            told = f"{kind} {record['id']}: accuracy {record['results']['test_accuracy']:.4f}"
+            if attacked:
+                fit = fgsm_attack(run, record, parameters["confidence"])["results"]["fit"]
+                told += f", R {fit['R']:.5f} +- {fit['R_err']:.5f}, {fit['n']} images" if fit["status"] == "ok" else f", {fit['status']}"
+            print(told, flush=True)
 
 
 if __name__ == "__main__":

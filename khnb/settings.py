@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 SCHEDULERS = ("constant", "linear", "exponential", "cosine", "step")
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "prelu", "elu", "gelu", "rexp")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16")
 RANKS = ("activity", "Q")
 SCALES = ("max", "mean")
 
@@ -92,12 +92,14 @@ PARAMETERS: dict[str, Parameter] = {
     "head_scheduler": Parameter(SCHEDULERS, "cosine", "learning-rate schedule of the classifier"),
     "head_epochs": Parameter(int, 100, "passes over all images", 1),
     "head_batch": Parameter(int, 1000, "images an update", 1),
+    "head_order": Parameter(int, 0, "seed of the order of the images, which heads trained together share", 0, 2**31),
+    "held_out": Parameter(int, 0, "training images kept aside, the last ones, to choose by", 0),
     # schedules 6.2 and 6.4
     "tau": Parameter(float, 2.5, "decay rate of the exponential schedule (eq. 6.2)", 0.0),
     "gamma": Parameter(float, 0.5, "factor of the step schedule (eq. 6.4)", 0.0, 1.0),
     "s_step": Parameter(int, 10, "epochs between two steps of the step schedule (eq. 6.4)", 1),
     # every random choice
-    "seed": Parameter(int, 0, "seed of every random choice", 0, 2**63 - 1),
+    "seed": Parameter(int, 0, "seed of the initial filters and weights", 0, 2**63 - 1),
     # attack and fit (chapter 7)
     "confidence": Parameter(float, 0.8, "least confidence of an attacked image", 0.0, 1.0),
     "step": Parameter(float, 5e-4, "step of PGD, in units of the [0, 1] pixel range", 1e-9, 1.0),
@@ -110,13 +112,14 @@ PARAMETERS: dict[str, Parameter] = {
     # how to run
     "data": Parameter(("auto", "cifar10", "cifar10-sample"), "auto", "which images: auto takes the full set where it is found"),
     "device": Parameter(str, "auto", "auto, cpu, cuda or cuda:N"),
-    "feature_dtype": Parameter(DTYPES, "float32", "how features are kept while a head trains"),
+    "feature_dtype": Parameter(DTYPES, "float32", "how pooled activities are kept while heads train"),
+    "memory": Parameter(float, 4.0, "GiB for pooled activities; what does not fit is computed again each epoch", 0.0),
     "bp": Parameter(("stored", "train", "none"), "stored", "the BP twin: shown where the store holds it, trained, or left out"),
     "eps_max": Parameter(float, 1.0, "largest FGSM strength tried", 1e-9, 1.0),
 }
 
 
-LATER = {name: PARAMETERS[name].default for name in ("conv_share", "conv_order", "conv_chunk", "conv_rank", "conv_scale")}
+LATER = {name: PARAMETERS[name].default for name in ("conv_share", "conv_order", "conv_chunk", "conv_rank", "conv_scale", "head_order", "held_out")}
 
 
 #: a schedule of the convolution at a tenth of the cost, which ends at nearly the same filters and accuracy (chapter 8)
@@ -231,6 +234,8 @@ class HeadSettings(_Settings):
     head_scheduler: str = _default("head_scheduler")
     head_epochs: int = _default("head_epochs")
     head_batch: int = _default("head_batch")
+    head_order: int = _default("head_order")
+    held_out: int = _default("held_out")
     tau: float = _default("tau")
     gamma: float = _default("gamma")
     s_step: int = _default("s_step")

@@ -48,7 +48,10 @@ head_eta0 = 2e-3
 head_scheduler = "cosine"
 head_epochs = 100
 head_batch = 1000
+head_order = 0  # seed of the order of the images
+held_out = 0  # training images kept aside
 feature_dtype = "float32"
+memory = 4.0  # GiB for pooled activities
 # schedules "exponential" and "step"
 tau = 2.5
 gamma = 0.5
@@ -73,7 +76,7 @@ from khnb.learning import is_feature
 from khnb.widgets import AttackLab
 
 names = (
-    *settings.ConvSettings.names(), *settings.HeadSettings.names(), "data", "device", "feature_dtype", "bp", "bp_sigma", "bp_epochs", "bp_batch", "confidence",
+    *settings.ConvSettings.names(), *settings.HeadSettings.names(), "data", "device", "feature_dtype", "memory", "bp", "bp_sigma", "bp_epochs", "bp_batch", "confidence",
 )
 parameters = settings.of_notebook(globals(), *dict.fromkeys(names))
 

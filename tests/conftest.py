@@ -70,3 +70,13 @@ def digits() -> khnb.data.Dataset:
             train=khnb.data.digest(images[:cut], labels[:cut]), test=khnb.data.digest(images[cut:], labels[cut:])
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def kh_filters(digits):
+    """16 KH filters, trained for a second on 200 digits."""
+    from khnb.learning import train_layer
+    from khnb.settings import ConvSettings
+
+    s = ConvSettings(K=4, w=4, m=2, delta=0.1, conv_epochs=6, conv_batch=200, conv_eta0=2e-2)
+    return train_layer(digits.train_images[:200], s).weight

@@ -75,6 +75,7 @@ def no_training(monkeypatch):
         raise AssertionError("nothing was to be computed")
 
     monkeypatch.setattr(training, "train", fail)
+    monkeypatch.setattr(pipeline, "train_heads", fail)
     monkeypatch.setattr(learning, "train_layers", fail)
     monkeypatch.setattr(attacks, "fgsm_radius", fail)
 
@@ -157,8 +158,9 @@ class TestRecords:
 
     @pytest.mark.parametrize("kind", ["LL", "BP"])
     def test_network_gives_the_very_logits_of_the_trained_model(self, kind, run, monkeypatch):
-        seen, train = [], training.train
+        seen, train, heads = [], training.train, pipeline.train_heads
         monkeypatch.setattr(training, "train", lambda model, *a, **k: (seen.append(model), train(model, *a, **k))[1])
+        monkeypatch.setattr(pipeline, "train_heads", lambda all, *a, **k: (seen.append(all[0].network), heads(all, *a, **k))[1])
         back = network(MAKE[kind](run), run.store)
         (model,) = seen
         assert not back.training and back.head == HEAD
@@ -191,7 +193,7 @@ class TestCheckpoints:
 
         def save_and_stop(self, state):
             save(self, state, force=True)
-            (first, *_) = state if isinstance(state, list) else [state]
+            (first, *_) = state() if isinstance(state(), list) else [state()]
             if len(first["history"]) == after and (what != "LL" or "optimizer" in first):
                 raise Stop
 
@@ -201,7 +203,7 @@ class TestCheckpoints:
                 MAKE[what](run)
         (left,) = cache.rglob("*.pt")
         notes.clear()
-        epochs, module, name = [], *((learning, "train_layers") if what == "layer" else (training, "train"))
+        epochs, module, name = [], *dict(layer=(learning, "train_layers"), LL=(pipeline, "train_heads"), BP=(training, "train"))[what]
         original = getattr(module, name)
 
         def counted(*given, **named):
@@ -248,9 +250,9 @@ class TestCheckpoints:
     def test_comes_back_as_it_was(self, cache):
         checkpoint, state = Checkpoint("x"), dict(weight=torch.randn(3), history=[dict(epoch=1, loss=0.5)], snapshots={0: torch.ones(2)})
         assert checkpoint.load() is None
-        checkpoint.save(state)
+        checkpoint.save(lambda: state)
         assert checkpoint.load() is None  # not yet: the last one is less than 30 s old
-        checkpoint.save(state, force=True)
+        checkpoint.save(lambda: state, force=True)
         back = checkpoint.load()
         assert torch.equal(back.pop("weight"), state.pop("weight")) and torch.equal(back["snapshots"].pop(0), state["snapshots"].pop(0))
         assert back == state
@@ -262,7 +264,7 @@ class TestCheckpoints:
         monkeypatch.setattr(pipeline.time, "monotonic", lambda: now[0])
         checkpoint, saved = Checkpoint("x"), []
         for now[0] in range(0, 100, 10):
-            checkpoint.save(dict(at=now[0]))
+            checkpoint.save(lambda: dict(at=now[0]))
             saved.append((checkpoint.load() or dict(at=None))["at"])
         assert saved == [None, None, None, None, 40, 40, 40, 40, 80, 80]
 
@@ -335,7 +337,7 @@ class TestLockstep:
 
         def save_and_stop(self, state, save=Checkpoint.save):
             save(self, state, force=True)
-            if len(state[0]["history"]) == 2:
+            if len(state()[0]["history"]) == 2:
                 raise Stop
 
         with monkeypatch.context() as patch:
@@ -489,6 +491,68 @@ class TestEvidence:
         assert run.shape == (3, 32, 10)
 
 
+class TestTogether:
+    EACH = [HEAD, replace(HEAD, n=3), replace(HEAD, w_pool=9, sigma="elu"), replace(HEAD, seed=4, head_epochs=2)]
+
+    def test_records_of_many_heads(self, run, trained, monkeypatch, cache):
+        records = pipeline.ll_models(run, CONV, self.EACH)
+        assert not list(cache.rglob("*.pt")) and len({record["layer"] for record in records}) == 1
+        assert [record["asked"]["n"] for record in records] == [h.n for h in self.EACH] and all(r["together"] == 4 for r in records)
+        np.testing.assert_allclose(
+            [row["loss"] for row in records[0]["results"]["history"]], [row["loss"] for row in trained[1]["LL"]["results"]["history"]], rtol=1e-5
+        )
+        for record, head in zip(records, self.EACH, strict=True):
+            said = training.predict(network(record, run.store), run.data.test_images)
+            assert record["results"]["test_accuracy"] == (said.argmax(1) == run.data.test_labels).double().mean().item()
+            assert [record] == [r for r in run.store.find("model") if r["asked"] == record["asked"]]
+        no_training(monkeypatch)
+        assert pipeline.ll_models(run, CONV, self.EACH[::-1]) == records[::-1]
+
+    def test_only_the_missing_ones_are_trained(self, run, monkeypatch):
+        first = pipeline.ll_models(run, CONV, self.EACH[:2])
+        seen, heads = [], pipeline.train_heads
+        monkeypatch.setattr(pipeline, "train_heads", lambda all, *a, **k: (seen.append(len(all)), heads(all, *a, **k))[1])
+        again = pipeline.ll_models(run, CONV, [*self.EACH, HEAD])
+        assert seen == [2] and again[:2] == first and again[4] == again[0]
+
+    def test_one_that_overflows_is_named_and_the_others_are_stored(self, run, cache):
+        with pytest.raises(FloatingPointError, match=r"epoch 1: lower head_eta0=1e\+37 \(sigma=gelu, n=4\)"):
+            pipeline.ll_models(run, CONV, [*self.EACH, replace(HEAD, head_eta0=1e37, sigma="gelu", n=4)])
+        assert len(run.store.find("model")) == 4 and not list(cache.rglob("*.pt"))
+
+    @pytest.mark.parametrize("kind", ["LL", "BP"])
+    def test_held_out_images_are_not_trained_on(self, kind, run):
+        head, held = replace(HEAD, held_out=20), {}
+        for change in (0, 1):  # other labels of the held-out images change nothing but the number
+            labels = run.data.train_labels.clone()
+            labels[-20:] = (labels[-20:] + change) % 10
+            other = replace(run, data=replace(run.data, train_labels=labels), store=Store(run.store.root / str(change)))
+            held[change] = ll_model(other, CONV, head) if kind == "LL" else bp_model(other, 3, 6, head)
+            said = training.predict(network(held[change], other.store), run.data.train_images[-20:]).argmax(1)
+            assert held[change]["results"]["validation_accuracy"] == (said == labels[-20:]).double().mean().item()
+            assert held[change]["results"]["validation_images"] == 20 and held[change]["asked"]["held_out"] == 20
+        same(held[0]["results"]["history"], held[1]["results"]["history"])
+        assert len(held[0]["results"]["history"]) == HEAD.head_epochs
+
+    def test_not_all_images_can_be_held_out(self, run):
+        with pytest.raises(ValueError, match="held_out=60 is not valid: tiny has 60 training images"):
+            ll_model(run, CONV, replace(HEAD, held_out=60))
+
+    def test_at_a_terminal(self, tiny, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("KHNB_RESULTS", str(tmp_path / "store"))
+        monkeypatch.setattr(datasets, "load", lambda name: tiny)
+        monkeypatch.setattr(pipeline, "fgsm_attack", None)
+        given = TestModelsOf.parameters | dict(device="cpu", bp="none", attacked=False, n=[1, 2], w_pool=[5, 9])
+        pipeline.main([json.dumps(given)])
+        found = Store(tmp_path / "store").find("model")
+        assert len(found) == 4 and all(record["together"] == 4 for record in found)
+        assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("LL ") and "accuracy" in line]) == 4
+        pipeline.main([json.dumps(TestModelsOf.parameters | dict(what="bp", device="cpu", attacked=False))])
+        assert [r["asked"]["model"] for r in Store(tmp_path / "store").find("model", model="BP")] == ["BP"]
+        with pytest.raises(ValueError, match="attacked=1 is not valid: expected true or false"):
+            pipeline.main(['{"attacked": 1}'])
+
+
 class TestModelsOf:
     parameters = {name: p.default for name, p in PARAMETERS.items()} | CONV.dict() | HEAD.dict() | dict(bp_sigma="relu", bp_epochs=3, bp_batch=HEAD.head_batch)
 
@@ -532,7 +596,7 @@ class TestModelsOf:
     def test_the_committed_grids_are_valid(self, grid, monkeypatch):
         asked = []
         monkeypatch.setattr(pipeline.Run, "of", lambda parameters: asked.append(parameters))
-        monkeypatch.setattr(pipeline, "models_of", lambda run, parameters: {})
+        monkeypatch.setattr(pipeline, "_models", lambda run, group, what, attacked: None)
         for name in ("conv_layers", "collapse_probes"):
             fake = dict(id="", results=dict(f_1e4=[], alive=[], winners=[], f_score_1e4=0))
             monkeypatch.setattr(pipeline, name, lambda run, convs, *more: [fake for _ in convs])

@@ -1,0 +1,263 @@
+"""Classifiers on one KH layer, all of them together: what they share is computed once (chapters 3, 6, 8)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from khnb import native, patches
+from khnb.layer import synapses
+from khnb.learning import schedule
+from khnb.models import ACTIVATIONS, Network, power
+from khnb.training import epoch_order, to_float
+
+PART = 2**23  # bytes of features done together on a CPU: they stay in its last cache
+DEVICE_PART = 2**30  # the same on a GPU
+
+
+class Features:
+    """Max-pooled activities of images, before the activation function, for several poolings.
+
+    Parameters
+    ----------
+    layer : a :class:`~khnb.layer.KHConv2d`, on the device that is to compute.
+    images : (N, C, H, W), uint8 or float in [0, 1].
+    pools : (w_pool, s_pool) of each pooling.
+    dtype : how they are kept.
+    memory : bytes. As many images as fit have their features kept, on the layer's device; those of the others are computed
+        again whenever they are needed, with the same result.
+    """
+
+    def __init__(self, layer, images: Tensor, pools: list[tuple[int, int]], dtype: torch.dtype = torch.float32, memory: float = 0):
+        self.layer, self.images, self.pools, self.dtype = layer, images, pools, dtype
+        self.kernel, self.device = synapses(layer.weight, layer.p), layer.weight.device
+        side = images.shape[-1] - layer.w + 1
+        self.sizes = {(w, s): len(layer.weight) * ((side - w) // s + 1) ** 2 for w, s in pools}
+        largest = max(self.sizes.values()) * 4
+        maps = len(layer.weight) * side**2 * 4  # activities, where there is no kernel that pools them at once
+        self.part = max(1, min((PART if self.device.type == "cpu" else DEVICE_PART) // largest, 2**30 // maps))
+        count = min(len(images), int(memory // (sum(self.sizes.values()) * dtype.itemsize)))
+        self.kept = {pool: torch.empty(count, size, dtype=dtype, device=self.device) for pool, size in self.sizes.items()}
+        for first in range(0, count, self.part):
+            to = slice(first, min(first + self.part, count))
+            for pool, found in zip(pools, self.compute(images[to]), strict=True):
+                self.kept[pool][to] = found
+
+    def compute(self, images: Tensor) -> list[Tensor]:
+        """Of these images, for each pooling: (B, features) float32, in the order in which a classifier sees them."""
+        images = to_float(images.to(self.device))
+        scale = 1 / patches.norms(images, self.layer.w, self.layer.p)
+        found = native.conv_pools(images, self.kernel, scale, self.pools)
+        if found is None:
+            activity = F.conv2d(images, self.kernel) * scale
+            found = [F.max_pool2d(activity, w, s) for w, s in self.pools]
+        return [each.flatten(1) for each in found]
+
+    def of(self, index: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """Of images by number, for each pooling: (w_pool, s_pool) and (B, features) float32, rounded to ``dtype`` and back."""
+        stored = index < len(self.kept[self.pools[0]])
+        fresh = None if stored.all() else self.compute(self.images[index[~stored]])
+        index, stored = index.to(self.device), stored.to(self.device)
+        for i, pool in enumerate(self.pools):
+            if fresh is None:
+                yield pool, self.kept[pool].index_select(0, index).float()
+                continue
+            x = torch.empty(len(index), self.sizes[pool], device=self.device)
+            x[~stored] = fresh[i].to(self.dtype).float()
+            x[stored] = self.kept[pool][index[stored]].float()
+            yield pool, x
+
+
+@dataclass
+class _Sums:
+    """What is added up over a minibatch for heads with the same features: gradients, loss and hits."""
+
+    weight: Tensor  # (heads, classes, features)
+    bias: Tensor  # (heads, classes)
+    loss: Tensor  # (heads,) float64
+    right: Tensor  # (heads,) int64
+
+    @classmethod
+    def zero(cls, like: Tensor) -> _Sums:
+        counts = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+        return cls(torch.zeros_like(like), torch.zeros_like(like[:, :, 0]), counts.double(), counts)
+
+    def add(self, y: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, n: float, share: float) -> None:
+        """The plain way: gradients of share * (sum of the cross-entropies) of the classifiers on y^n."""
+        a, (heads, classes) = power(y, n), bias.shape
+        logits = (a @ weight.flatten(0, 1).T).view(-1, heads, classes) + bias
+        log_p, rows = logits.log_softmax(2), torch.arange(len(y), device=y.device)
+        self.loss -= log_p[rows, :, labels].double().sum(0)
+        self.right += (logits.argmax(2) == labels[:, None]).sum(0)
+        gradient = log_p.exp()
+        gradient[rows, :, labels] -= 1
+        gradient *= share
+        self.bias += gradient.sum(0)
+        self.weight.flatten(0, 1).addmm_(gradient.flatten(1).T, a)
+
+
+class _Together:
+    """Heads with the same pooling, activation function and power. Their weights lie side by side, in one tensor."""
+
+    def __init__(self, heads: list[Head]):
+        self.heads, self.n = heads, heads[0].network.head.n
+        self.weight = torch.stack([head.network.linear.weight.data for head in heads])
+        self.bias = torch.stack([head.network.linear.bias.data for head in heads])
+        for head, weight, bias in zip(heads, self.weight, self.bias, strict=True):
+            head.network.linear.weight.data, head.network.linear.bias.data = weight, bias
+        self.served = native.classifies(self.weight)
+        self.sums = [_Sums.zero(self.weight) for _ in range(torch.get_num_threads() if self.served else 1)]
+        self.loss, self.right = torch.zeros_like(self.sums[0].loss), torch.zeros_like(self.sums[0].right)
+
+    def add(self, y: Tensor, labels: Tensor, share: float) -> None:
+        if not self.served:
+            self.sums[0].add(y, labels, self.weight, self.bias, self.n, share)
+        elif self.n == int(self.n):
+            native.classify(y, labels, int(self.n), share, self.weight, self.bias, self.sums)
+        else:
+            native.classify(y.pow(self.n), labels, 1, share, self.weight, self.bias, self.sums)
+
+    def update(self) -> None:
+        first, *others = self.sums
+        for other in others:
+            for name in ("weight", "bias", "loss", "right"):
+                getattr(first, name).add_(getattr(other, name))
+                getattr(other, name).zero_()
+        for head, weight, bias in zip(self.heads, first.weight, first.bias, strict=True):
+            head.network.linear.weight.grad, head.network.linear.bias.grad = weight, bias
+            head.optimizer.step()
+        self.loss += first.loss
+        self.right += first.right
+        for name in ("weight", "bias", "loss", "right"):
+            getattr(first, name).zero_()
+
+
+@dataclass
+class Head:
+    """An LL model whose classifier is being trained. ``stopped`` names why it did not get to the end, if so."""
+
+    network: Network
+    history: list[dict] = field(default_factory=list)
+    stopped: str = ""
+
+    def __post_init__(self):
+        self.optimizer = torch.optim.AdamW(self.network.linear.parameters(), lr=self.network.head.head_eta0, fused=True)
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to train."""
+        return bool(self.stopped) or len(self.history) >= self.network.head.head_epochs
+
+    def state(self) -> dict:
+        """What :meth:`resume` needs to go on from here; its tensors go on being trained, so save or copy them at once."""
+        model, optimizer = self.network.linear.state_dict(), self.optimizer.state_dict()
+        # views into a larger tensor would be saved with all of it
+        return dict(history=self.history, stopped=self.stopped, model={k: v.clone() for k, v in model.items()}, optimizer=optimizer)
+
+    def resume(self, state: dict) -> None:
+        """Go on from a :meth:`state`."""
+        self.network.linear.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history, self.stopped = list(state["history"]), state["stopped"]
+
+
+def train_heads(heads: list[Head], images: Tensor, labels: Tensor, dtype=torch.float32, memory: float = 2**32, after_epoch=None) -> None:
+    """Train the classifiers of LL models with the same KH layer: AdamW on the mean cross-entropy (eq. 3.2), see :func:`khnb.training.train`.
+
+    Each head ends as it would alone, but for rounding. Those with the same ``head_batch`` and ``head_order`` see the same minibatches,
+    whose features are made once for each pooling and activation function; other heads are trained one group after the other.
+
+    Parameters
+    ----------
+    heads : trained in place, on from where they are, on the device they are on. A loss that stops being finite stops its head only.
+    images : (N, C, H, W), uint8 or float in [0, 1]; labels : (N,) int64.
+    dtype : how pooled activities are kept, see :class:`Features`.
+    memory : bytes for them. The images, the heads themselves (16 bytes a weight, and 4 for each thread) and about 100 MB come on top.
+    after_epoch : called with the heads that were trained in the epoch, after each.
+
+    Raises ``ValueError`` where the layers of the heads are not equal.
+    """
+    layer = heads[0].network.conv
+    for head in heads:
+        if head.network.conv.p != layer.p or not torch.equal(head.network.conv.weight, layer.weight):
+            raise ValueError("these heads have different KH layers; train_heads wants heads of one layer")
+    pools = list(dict.fromkeys((h.network.head.w_pool, h.network.head.s_pool) for h in heads if not h.done))
+    if not pools:
+        return
+    features = Features(layer, images, pools, dtype, memory)
+    labels = labels.to(features.device)
+    groups: dict[tuple, list[Head]] = {}
+    for head in heads:
+        groups.setdefault((head.network.head.head_batch, head.network.head.head_order), []).append(head)
+    for group in groups.values():
+        together: list = []
+        while any(not head.done for head in group):
+            epoch = min(len(head.history) for head in group if not head.done)
+            active = [head for head in group if not head.done and len(head.history) == epoch]
+            if {id(head) for one in _each(together) for head in one.heads} != {id(head) for head in active}:
+                together = _arrange(active)
+            _train_epoch(features, labels, together, active, epoch)
+            if after_epoch:
+                after_epoch(active)
+
+
+def _each(together) -> list[_Together]:
+    return [one for _, by_sigma in together for each in by_sigma.values() for one in each]
+
+
+def _arrange(heads: list[Head]) -> list[tuple[tuple[int, int], dict[str, list[_Together]]]]:
+    """Of each pooling, of each activation function: the heads of each power."""
+    keys: dict = {}
+    for head in heads:
+        s = head.network.head
+        keys.setdefault((s.w_pool, s.s_pool), {}).setdefault(s.sigma, {}).setdefault(s.n, []).append(head)
+    return [(pool, {sigma: [_Together(of) for of in by_n.values()] for sigma, by_n in by_sigma.items()}) for pool, by_sigma in keys.items()]
+
+
+@torch.no_grad()
+def _train_epoch(features: Features, labels: Tensor, together: list, active: list[Head], epoch: int) -> None:
+    started, settings = time.perf_counter(), active[0].network.head
+    every = _each(together)
+    for one in every:
+        one.loss.zero_(), one.right.zero_()
+    for head in active:
+        s = head.network.head
+        head.optimizer.param_groups[0]["lr"] = schedule(s.head_scheduler, s.head_eta0, epoch, s.head_epochs, s.tau, s.gamma, s.s_step)
+    by_pool = dict(together)
+    order = epoch_order(len(features.images), settings.head_order, epoch)
+    for index in order.split(settings.head_batch):
+        for part in index.split(features.part):
+            target = labels[part.to(labels.device)]
+            for pool, x in features.of(part):
+                for sigma, ones in by_pool.get(pool, {}).items():
+                    y = ACTIVATIONS[sigma](x)
+                    for one in ones:
+                        one.add(y, target, 1 / len(index))
+        for one in every:
+            one.update()
+    seconds, count = (time.perf_counter() - started) / len(active), len(labels)
+    for one in every:
+        for head, loss, right in zip(one.heads, one.loss.tolist(), one.right.tolist(), strict=True):
+            eta = head.optimizer.param_groups[0]["lr"]
+            head.history.append(dict(epoch=epoch + 1, eta=eta, loss=loss / count, accuracy=right / count, seconds=seconds))
+            if not (math.isfinite(loss) and head.network.linear.weight.isfinite().all()):
+                head.stopped = f"the loss stopped being finite in epoch {epoch + 1}: lower head_eta0={head.network.head.head_eta0:g}"
+
+
+@torch.no_grad()
+def logits(heads: list[Head], images: Tensor) -> list[Tensor]:
+    """Of every head of one KH layer, what it says of every image: (N, classes) float32 on the CPU each."""
+    pools = list(dict.fromkeys((h.network.head.w_pool, h.network.head.s_pool) for h in heads))
+    features, found = Features(heads[0].network.conv, images, pools), [[] for _ in heads]
+    for part in torch.arange(len(images)).split(features.part):
+        for pool, x in features.of(part):
+            for to, head in zip(found, heads, strict=True):
+                if (head.network.head.w_pool, head.network.head.s_pool) == pool:
+                    to.append(head.network.classify(x).cpu())
+    return [torch.cat(parts) for parts in found]
