@@ -18,6 +18,7 @@ from khnb.models import ACTIVATIONS, Network, power
 from khnb.training import epoch_order, to_float
 
 PART = 2**23  # bytes of features done together on a CPU: they stay in its last cache
+CHUNK = 2**19  # of them at a time in an activation function
 DEVICE_PART = 2**30  # the same on a GPU
 
 
@@ -42,6 +43,9 @@ class Features:
         largest = max(self.sizes.values()) * 4
         maps = len(layer.weight) * side**2 * 4  # activities, where there is no kernel that pools them at once
         self.part = max(1, min((PART if self.device.type == "cpu" else DEVICE_PART) // largest, 2**30 // maps))
+        # fresh memory is slow on a CPU: each part goes to the same place
+        self.room = torch.empty(self.part * largest // 4, device=self.device)
+        self.rough = torch.empty(0 if dtype == torch.float32 else len(self.room), dtype=dtype, device=self.device)
         count = min(len(images), int(memory // (sum(self.sizes.values()) * dtype.itemsize)))
         self.kept = {pool: torch.empty(count, size, dtype=dtype, device=self.device) for pool, size in self.sizes.items()}
         for first in range(0, count, self.part):
@@ -60,17 +64,24 @@ class Features:
         return [each.flatten(1) for each in found]
 
     def of(self, index: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        """Of images by number, for each pooling: (w_pool, s_pool) and (B, features) float32, rounded to ``dtype`` and back."""
+        """Of images by number, for each pooling: (w_pool, s_pool) and (B, features) float32, rounded to ``dtype`` and back.
+
+        At most ``part`` images. What was given is overwritten by what comes next.
+        """
         stored = index < len(self.kept[self.pools[0]])
         fresh = None if stored.all() else self.compute(self.images[index[~stored]])
         index, stored = index.to(self.device), stored.to(self.device)
         for i, pool in enumerate(self.pools):
-            if fresh is None:
-                yield pool, self.kept[pool].index_select(0, index).float()
-                continue
-            x = torch.empty(len(index), self.sizes[pool], device=self.device)
-            x[~stored] = fresh[i].to(self.dtype).float()
-            x[stored] = self.kept[pool][index[stored]].float()
+            shape = len(index), self.sizes[pool]
+            x = self.room[: math.prod(shape)].view(shape)
+            if fresh is not None:
+                x[~stored] = fresh[i].to(self.dtype).float()
+                x[stored] = self.kept[pool][index[stored]].float()
+            elif self.dtype == torch.float32:
+                torch.index_select(self.kept[pool], 0, index, out=x)
+            else:
+                rough = self.rough[: math.prod(shape)].view(shape)
+                x.copy_(torch.index_select(self.kept[pool], 0, index, out=rough))
             yield pool, x
 
 
@@ -220,6 +231,14 @@ def _arrange(heads: list[Head]) -> list[tuple[tuple[int, int], dict[str, list[_T
     return [(pool, {sigma: [_Together(of) for of in by_n.values()] for sigma, by_n in by_sigma.items()}) for pool, by_sigma in keys.items()]
 
 
+def _activated(x: Tensor, sigma: str, room: Tensor) -> Tensor:
+    """sigma(x), a few rows at a time in ``room``."""
+    y, rows = room[: x.numel()].view_as(x), max(1, CHUNK // x.shape[1]) if x.device.type == "cpu" else len(x)
+    for some, to in zip(x.split(rows), y.split(rows), strict=True):
+        to.copy_(ACTIVATIONS[sigma](some))
+    return y
+
+
 @torch.no_grad()
 def _train_epoch(features: Features, labels: Tensor, together: list, active: list[Head], epoch: int) -> None:
     started, settings = time.perf_counter(), active[0].network.head
@@ -229,14 +248,14 @@ def _train_epoch(features: Features, labels: Tensor, together: list, active: lis
     for head in active:
         s = head.network.head
         head.optimizer.param_groups[0]["lr"] = schedule(s.head_scheduler, s.head_eta0, epoch, s.head_epochs, s.tau, s.gamma, s.s_step)
-    by_pool = dict(together)
+    by_pool, room = dict(together), torch.empty_like(features.room)
     order = epoch_order(len(features.images), settings.head_order, epoch)
     for index in order.split(settings.head_batch):
         for part in index.split(features.part):
             target = labels[part.to(labels.device)]
             for pool, x in features.of(part):
                 for sigma, ones in by_pool.get(pool, {}).items():
-                    y = ACTIVATIONS[sigma](x)
+                    y = _activated(x, sigma, room)
                     for one in ones:
                         one.add(y, target, 1 / len(index))
         for one in every:
