@@ -139,7 +139,7 @@ class Layer:
     settings: ConvSettings
     weight: Tensor
     history: list[dict] = field(default_factory=list)
-    wins: Tensor | None = None
+    wins: Tensor | None = None  # before the first epoch
     snapshots: dict[int, Tensor] = field(default_factory=dict)
     stopped: str = ""
 
@@ -178,10 +178,16 @@ def fates(probe: dict, neurons: int) -> list[str]:
 
 
 def initial_filters(settings: ConvSettings, channels: int) -> Tensor:
-    """Filters drawn from N(init_mean, init_std): (K^2, channels, w, w) float32, from the seed alone."""
+    """Filters drawn from N(init_mean, init_std): (K^2, channels, w, w) float32, from the seed alone.
+
+    Those that will not be trained (``conv_epochs=0``) are scaled to unit p-norm, which training would have given them.
+    """
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (settings.K**2, channels, settings.w, settings.w)
-    return torch.randn(shape, generator=generator) * settings.init_std + settings.init_mean
+    weight = torch.randn(shape, generator=generator) * settings.init_std + settings.init_mean
+    if settings.conv_epochs:
+        return weight
+    return weight / torch.linalg.vector_norm(weight.flatten(1), ord=settings.p, dim=1).clamp_min(1e-30)[:, None, None, None]
 
 
 def minibatches(images: int, each: int, size: int, generator: torch.Generator, chunk: int = 1000, share: float = 1.0):

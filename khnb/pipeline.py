@@ -176,7 +176,7 @@ def _train_layers(run: Run, convs: list[ConvSettings], snapshots, stop_collapsed
                 collapsed=layer.collapsed, stopped=layer.stopped, history=_finite(layer.history),
             ),
             arrays=dict(
-                weight=layer.weight.numpy(), wins=layer.wins.numpy(), epochs=np.array(kept, dtype=np.int64),
+                weight=layer.weight.numpy(), wins=(torch.zeros(len(layer.weight)) if layer.wins is None else layer.wins).numpy(), epochs=np.array(kept, dtype=np.int64),
                 # pictures of the way, not to be computed with: half precision
                 snapshots=np.array([layer.snapshots[e].half().numpy() for e in kept], dtype=np.float16).reshape(-1, *layer.weight.shape),
             ),

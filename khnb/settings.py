@@ -74,7 +74,7 @@ PARAMETERS: dict[str, Parameter] = {
     "delta": Parameter(float, 0.1, "anti-Hebbian strength", 0.0),
     "conv_eta0": Parameter(float, 1e-3, "initial learning rate of the convolution", 0.0),
     "conv_scheduler": Parameter(SCHEDULERS, "cosine", "learning-rate schedule of the convolution"),
-    "conv_epochs": Parameter(int, 30, "passes over all patches", 1),
+    "conv_epochs": Parameter(int, 30, "passes over all patches; 0: random filters of unit norm, a control", 0),
     "conv_batch": Parameter(int, 1000, "patches an update", 1),
     "conv_share": Parameter(float, 1.0, "share of the images whose patches an epoch passes over", 1e-6, 1.0),
     "conv_order": Parameter(int, 0, "seed of the order of the patches, which layers trained together share", 0, 2**31),

@@ -446,6 +446,18 @@ class TestLockstep:
             pipeline.main([json.dumps(dict(what="layers") | wrong)])
 
 
+class TestRandomFilters:
+    def test_are_as_drawn_of_unit_norm_and_can_have_a_head(self, run):
+        control = replace(CONV, conv_epochs=0, p=3.0)
+        record = conv_layer(run, control)
+        weight = torch.from_numpy(run.store.arrays(record)["weight"])
+        drawn = learning.initial_filters(replace(CONV, p=3.0), 3)
+        torch.testing.assert_close(weight.flatten(1).abs().pow(3).sum(1), torch.ones(9))
+        torch.testing.assert_close(torch.nn.functional.cosine_similarity(weight.flatten(1), drawn.flatten(1)), torch.ones(9))
+        assert record["results"]["history"] == [] and record["results"]["f_score"] == 0 and not record["results"]["collapsed"]
+        assert ll_model(run, control, HEAD)["layer"] == record["id"]
+
+
 class TestLater:
     def test_a_parameter_that_came_later_is_in_a_record_only_where_it_differs(self, run, trained):
         plain, other = conv_layer(run, CONV), conv_layer(run, replace(CONV, conv_share=0.5))
