@@ -131,6 +131,11 @@ print(f"{tuple(short.shape)}: largest difference {(short - explicit).abs().max()
 # gradient runs *through* this normalisation. Treating the norms as constants there would make the same model look
 # several times more robust than it is.
 #
+# The *classifiers* of one layer are trained together (`khnb/heads.py`). Filters stay as they are in this stage, so the convolution is computed once
+# for all of them, each pooling once for those that share it, each activation function once for all powers of it; what is left for a single
+# classifier is a power and a product. Pooled activities are kept as far as a given memory goes (`memory`) and computed again each epoch beyond it, with the same
+# result. Classifiers that share the order of the images (`head_order`) see the same minibatches and end as they would have alone.
+#
 # ## Learning rates
 #
 # Both stages of training use one of four schedules, with $t$ the epoch and $T$ their number ({numref}`fig-6-schedules`):
