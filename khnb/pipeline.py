@@ -148,7 +148,8 @@ def _lockstep(run: Run, convs: list[ConvSettings], what: str, snapshots=(), **mo
         layers = [learning.Layer(conv, **kept) for conv, kept in zip(convs, state, strict=True)]
     done = [len(layer.history) for layer in layers or []]
     name = what if len(convs) == 1 else f"{len(convs)} {what}s in lockstep"
-    run.note(f"{name}: training on {len(data.train_images)} images of {data.name}, epoch {min(done, default=0) + 1} to {max(c.conv_epochs for c in convs)}.")
+    if any(ends):
+        run.note(f"{name}: training on {len(data.train_images)} images of {data.name}, epoch {min(done, default=0) + 1} to {max(c.conv_epochs for c in convs)}.")
     with progress(sum(ends), what, "epoch", sum(done)) as bar:
 
         def after_epoch(layers):
