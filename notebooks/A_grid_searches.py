@@ -18,8 +18,8 @@
 # # A Grid searches
 #
 # The thesis found its hyperparameters in four searches: two over the KH layer alone, one over LL models and one over BP
-# models. **The numbers on this page are the thesis's**, unless a column says "here". Of the second search this book repeats
-# the part that depends on chance; the others have not yet been repeated.
+# models. **The numbers on this page are the thesis's**, unless a column says "here". Of the first search this book repeats
+# a balanced part, of the second every cell; the other two have not been repeated yet.
 
 # %% tags=["remove-cell"]
 import json
@@ -65,7 +65,7 @@ for row in ours:
     for limit in ("0.15", "0.8", "0.95"):
         shown[f"f > {limit}"] = f"{float(row[f'frac_f_gt_{limit}']):.0%}"
         share = row[f"here_{limit}"]
-        shown[f"f > {limit}, here"] = "" if share is None else f"{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})"
+        shown[f"f > {limit}, here"] = "" if share is None else f"{share[0]:.0%} ({100 * share[1]:.0f}–{100 * share[2]:.0f})"
     rows.append(shown)
 shares = [f"f > {limit}{where}" for limit in ("0.15", "0.8", "0.95") for where in ("", ", here")]
 headings = {"parameter": "parameter", "value": "value", "layers": "layers, here"} | {name: name for name in shares}
