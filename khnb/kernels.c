@@ -312,25 +312,34 @@ void khnb_conv_pool(const float *images, int64_t count, int64_t C, int64_t H, in
     }
 }
 
+#define TOGETHER 12 /* times four weights whose gradients are kept in registers */
+
 /* The gradient of the filters (F, C, w, w) and of the bias, added to dweight and dbias: grad and where are (count, F, Q). */
 void khnb_conv_pool_back(const float *images, int64_t count, int64_t C, int64_t H, int64_t W, int64_t w,
                          const float *grad, const int32_t *where, int64_t F, int64_t Q, float *dweight, float *dbias)
 {
     int64_t D = C * w * w;
+    int32_t offset[TOGETHER];
     for (int64_t n = 0; n < count; n++, images += C * H * W)
         for (int64_t f = 0; f < F; f++, grad += Q, where += Q) {
             float *to = dweight + f * D;
             float total = 0;
             for (int64_t k = 0; k < Q; k++) total += grad[k];
             dbias[f] += total;
-            if (w == 4 && C == 3) { /* the usual case, kept in registers */
-                v4 sum[12];
-                for (int i = 0; i < 12; i++) sum[i] = *(v4 *)(to + 4 * i);
-                for (int64_t k = 0; k < Q; k++) {
-                    const float *from = images + where[k];
-                    for (int i = 0; i < 12; i++) sum[i] += *(const v4 *)(from + (i / 4 * H + i % 4) * W) * grad[k];
+            if (w % 4 == 0 && D % (4 * TOGETHER) == 0) { /* colour and the usual widths: a stretch is kept in registers */
+                for (int64_t d = 0; d < D; d += 4 * TOGETHER) {
+                    v4 sum[TOGETHER];
+                    for (int i = 0; i < TOGETHER; i++) {
+                        int64_t at = d + 4 * i;
+                        offset[i] = (int32_t)((at / (w * w) * H + at / w % w) * W + at % w);
+                        sum[i] = *(v4 *)(to + at);
+                    }
+                    for (int64_t k = 0; k < Q; k++) {
+                        const float *from = images + where[k];
+                        for (int i = 0; i < TOGETHER; i++) sum[i] += *(const v4 *)(from + offset[i]) * grad[k];
+                    }
+                    for (int i = 0; i < TOGETHER; i++) *(v4 *)(to + d + 4 * i) = sum[i];
                 }
-                for (int i = 0; i < 12; i++) *(v4 *)(to + 4 * i) = sum[i];
                 continue;
             }
             for (int64_t k = 0; k < Q; k++)

@@ -247,11 +247,14 @@ def _put_model(run: Run, asked: dict, model: models.Network, said: list, history
     return run.store.put("model", asked, data, results=results, arrays=arrays, wall_s=wall_s, device=device, **more)
 
 
-def ll_models(run: Run, conv: ConvSettings, heads: list[HeadSettings], feature_dtype: str = "float32", memory: float = 4.0) -> list[dict]:
+def ll_models(
+    run: Run, conv: ConvSettings, heads: list[HeadSettings], feature_dtype: str = "float32", memory: float = 4.0, exact: bool = False
+) -> list[dict]:
     """Records of LL models with one KH layer: the store's, else trained now, all heads together (:func:`khnb.heads.train_heads`).
 
     The layer is trained where the store lacks it; heads have their own seeds. ``feature_dtype`` is how pooled activities are kept while
-    heads train (``float16`` and ``bfloat16`` halve their memory), in at most ``memory`` GiB; a stored model is taken with any of them.
+    heads train (``float16`` and ``bfloat16`` halve their memory), in at most ``memory`` GiB; but for ``exact`` a stored model is taken
+    with any of them.
     ``results.history`` of a record has the time of its share: that of an epoch divided by the number of heads in it.
     Raises ``FloatingPointError`` where the loss of a head stops being finite, after the others are stored.
     """
@@ -260,7 +263,7 @@ def ll_models(run: Run, conv: ConvSettings, heads: list[HeadSettings], feature_d
     asked = {head: dict(model="LL") | conv.dict() | head.dict() for head in heads}
     found = {}
     for head, ask in asked.items():
-        stored = (run.find("model", ask | dict(feature_dtype=dtype), "LL model") for dtype in dict.fromkeys([feature_dtype, *DTYPES]))
+        stored = (run.find("model", ask | dict(feature_dtype=dtype), "LL model") for dtype in dict.fromkeys([feature_dtype, *(() if exact else DTYPES)]))
         found[head] = next((record for record in stored if record), None)
     groups: dict[int, list[HeadSettings]] = {}
     for head in found:
@@ -422,8 +425,8 @@ def main(words: list[str]) -> None:
     not named have their defaults. ``"what"`` is ``"models"`` (LL models, with their BP twins as ``"bp"`` says; where it is not named),
     ``"bp"`` (BP models alone), ``"layers"`` (with ``"snapshots"`` and ``"stop_collapsed"``, see :func:`conv_layers`) or ``"probes"`` (with
     ``"seeds"`` and ``"until"``, see :func:`collapse_probes`). Layers and probes of one object are trained in lockstep, LL models with the
-    same KH layer together. Models are attacked as well, but for ``"attacked": false``. ``ValueError`` before anything runs where
-    something is wrong.
+    same KH layer together; ``"head_seeds"`` is a list of the seeds of their classifiers, where these are not to be ``"seed"``. Models are
+    attacked as well, but for ``"attacked": false``. ``ValueError`` before anything runs where something is wrong.
     """
     asked = []
     for word in words:
@@ -438,24 +441,25 @@ def main(words: list[str]) -> None:
         given = dict(given)
         what, seeds, until = given.pop("what", "models"), given.pop("seeds", 5), given.pop("until", 1)
         snapshots, stop = given.pop("snapshots", list(SNAPSHOTS)), given.pop("stop_collapsed", False)
-        attacked = given.pop("attacked", True)
+        attacked, head_seeds = given.pop("attacked", True), given.pop("head_seeds", None)
         for name, value in (("stop_collapsed", stop), ("attacked", attacked)):
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not valid: expected true or false")
-        for name, numbers, least in (("seeds", [seeds], 1), ("until", [until], 1), ("snapshots", snapshots, 0)):
+        lists = dict(snapshots=(snapshots, 0), head_seeds=([0] if head_seeds is None else head_seeds, 0))
+        for name, (numbers, least) in (dict(seeds=([seeds], 1), until=([until], 1)) | lists).items():
             if not isinstance(numbers, list) or not all(type(number) is int and number >= least for number in numbers):
-                value = numbers if name == "snapshots" else numbers[0]
-                wanted = f"whole numbers >= {least}" if name == "snapshots" else f"a whole number >= {least}"
-                raise ValueError(f"{name}={value!r} is not valid: expected {wanted}")
+                value = numbers if name in lists else numbers[0]
+                wanted = f"whole numbers >= {least}" if name in lists else f"a whole number >= {least}"
+                raise ValueError(f"{name}={value!r} is not valid: expected {'a list of ' if name in lists else ''}{wanted}")
         if what not in ("models", "bp", "layers", "probes"):
             raise ValueError(f"what={what!r} is not valid: one of models, bp, layers, probes")
-        jobs.append((what, [defaults | check(one) for one in expand(given)], seeds, until, snapshots, stop, attacked))
+        jobs.append((what, [defaults | check(one) for one in expand(given)], seeds, until, snapshots, stop, attacked, head_seeds))
         for parameters in jobs[-1][1]:
             ConvSettings.of(parameters), HeadSettings.of(parameters), _bp_head(parameters)
-    for what, group, seeds, until, snapshots, stop, attacked in jobs:
+    for what, group, seeds, until, snapshots, stop, attacked, head_seeds in jobs:
         run = Run.of(group[0])
         if what in ("models", "bp"):
-            _models(run, group, what, attacked)
+            _models(run, group, what, attacked, head_seeds)
             continue
         convs = [ConvSettings.of(parameters) for parameters in group]
         records = conv_layers(run, convs, snapshots, stop) if what == "layers" else collapse_probes(run, convs, seeds, until)
@@ -465,24 +469,23 @@ def main(words: list[str]) -> None:
             print(f"K={conv.K} w={conv.w} p={conv.p:g} m={conv.m} delta={conv.delta:g}: {told} ({record['id']})", flush=True)
 
 
-def _models(run: Run, group: list[dict], what: str, attacked: bool) -> None:
+def _models(run: Run, group: list[dict], what: str, attacked: bool, head_seeds: list[int] | None) -> None:
     """Train what is missing, LL models with the same layer together; then attack and tell."""
-    together: dict[ConvSettings, list[dict]] = {}
+    together: dict[tuple, list[HeadSettings]] = {}
     for parameters in group if what == "models" else []:
-        together.setdefault(ConvSettings.of(parameters), []).append(parameters)
-    for conv, each in together.items():
-        ll_models(run, conv, [HeadSettings.of(parameters) for parameters in each], each[0]["feature_dtype"], each[0]["memory"])
+        head = HeadSettings.of(parameters)
+        each = [head] if head_seeds is None else [replace(head, seed=seed) for seed in head_seeds]
+        together.setdefault((ConvSettings.of(parameters), parameters["feature_dtype"], parameters["memory"]), []).extend(each)
+    found = [record for (conv, *how), heads in together.items() for record in ll_models(run, conv, heads, *how, exact=True)]
     for parameters in group:
-        if what == "bp":
-            found = dict(BP=bp_model(run, parameters["K"], parameters["w"], _bp_head(parameters)))
-        else:
-            found = models_of(run, parameters)
-        for kind, record in found.items():
-            told = f"{kind} {record['id']}: accuracy {record['results']['test_accuracy']:.4f}"
-            if attacked:
-                fit = fgsm_attack(run, record, parameters["confidence"])["results"]["fit"]
-                told += f", R {fit['R']:.5f} +- {fit['R_err']:.5f}, {fit['n']} images" if fit["status"] == "ok" else f", {fit['status']}"
-            print(told, flush=True)
+        if what == "bp" or parameters["bp"] != "none":
+            found.append(bp_model(run, parameters["K"], parameters["w"], _bp_head(parameters), what == "bp" or parameters["bp"] == "train"))
+    for record in filter(None, found):
+        told = f"{record['asked']['model']} {record['id']}: accuracy {record['results']['test_accuracy']:.4f}"
+        if attacked:
+            fit = fgsm_attack(run, record, group[0]["confidence"])["results"]["fit"]
+            told += f", R {fit['R']:.5f} +- {fit['R_err']:.5f}, {fit['n']} images" if fit["status"] == "ok" else f", {fit['status']}"
+        print(told, flush=True)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ class TestArchitecture:
         darker = model.pool(images / 2) - model.pool(images)
         assert darker.abs().max() > 1e-3  # no patch normalisation, which would make both equal
 
-    @pytest.mark.parametrize("channels, side, w, w_pool", [(1, 28, 4, 5), (3, 32, 4, 5), (3, 32, 8, 1), (1, 28, 12, 9)])
+    @pytest.mark.parametrize("channels, side, w, w_pool", [(1, 28, 4, 5), (3, 32, 4, 5), (3, 32, 8, 1), (1, 28, 12, 9), (3, 32, 12, 9), (3, 32, 5, 3)])
     @pytest.mark.parametrize("threads", [1, 3])
     def test_the_fused_path_of_training_is_the_plain_one(self, channels, side, w, w_pool, threads, monkeypatch, request):
         request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))

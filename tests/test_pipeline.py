@@ -442,7 +442,7 @@ class TestLockstep:
     @pytest.mark.parametrize("wrong", [dict(seeds=0), dict(until=1.5), dict(snapshots=3), dict(snapshots=[-1]), dict(snapshots=["end"]), dict(seeds=True), dict(stop_collapsed=1)])
     def test_what_is_no_number_of_epochs(self, wrong):
         name, value = next(iter(wrong.items()))
-        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not valid: expected ") + "(a whole|whole numbers|true or)"):
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not valid: expected ") + "(a whole|a list of whole numbers|true or)"):
             pipeline.main([json.dumps(dict(what="layers") | wrong)])
 
 
@@ -560,6 +560,11 @@ class TestTogether:
         assert len(found) == 4 and all(record["together"] == 4 for record in found)
         assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("LL ") and "accuracy" in line]) == 4
         pipeline.main([json.dumps(TestModelsOf.parameters | dict(what="bp", device="cpu", attacked=False))])
+        pipeline.main([json.dumps(given | dict(n=2, w_pool=5, feature_dtype=["float32", "float16"], head_seeds=[7, 8]))])
+        store = Store(tmp_path / "store")
+        made = sorted((r["asked"]["seed"], r["asked"]["feature_dtype"]) for r in store.find("model", n=2.0, w_pool=5))
+        assert [one for one in made if one[0] in (7, 8)] == [(7, "float16"), (7, "float32"), (8, "float16"), (8, "float32")]
+        assert len({r["layer"] for r in store.find("model", model="LL")}) == len(store.find("layer")) == 1
         assert [r["asked"]["model"] for r in Store(tmp_path / "store").find("model", model="BP")] == ["BP"]
         with pytest.raises(ValueError, match="attacked=1 is not valid: expected true or false"):
             pipeline.main(['{"attacked": 1}'])
@@ -608,7 +613,7 @@ class TestModelsOf:
     def test_the_committed_grids_are_valid(self, grid, monkeypatch):
         asked = []
         monkeypatch.setattr(pipeline.Run, "of", lambda parameters: asked.append(parameters))
-        monkeypatch.setattr(pipeline, "_models", lambda run, group, what, attacked: None)
+        monkeypatch.setattr(pipeline, "_models", lambda *given: None)
         for name in ("conv_layers", "collapse_probes"):
             fake = dict(id="", results=dict(f_1e4=[], alive=[], winners=[], f_score_1e4=0))
             monkeypatch.setattr(pipeline, name, lambda run, convs, *more: [fake for _ in convs])
