@@ -14,7 +14,7 @@ from torch import Tensor
 from khnb import native, patches
 from khnb.layer import synapses
 from khnb.learning import schedule
-from khnb.models import ACTIVATIONS, Network, power
+from khnb.models import ACTIVATIONS, Network, activate, power
 from khnb.training import epoch_order, to_float
 
 PART = 2**23  # bytes of features done together on a CPU: they stay in its last cache
@@ -23,23 +23,23 @@ DEVICE_PART = 2**30  # the same on a GPU
 
 
 class Features:
-    """Max-pooled activities of images, before the activation function, for several poolings.
+    """What :meth:`khnb.models.Network.pool` gives for images, in several ways, before the activation function or after it.
 
     Parameters
     ----------
     layer : a :class:`~khnb.layer.KHConv2d`, on the device that is to compute.
     images : (N, C, H, W), uint8 or float in [0, 1].
-    pools : (w_pool, s_pool) of each pooling.
+    pools : (w_pool, s_pool) of each pooling; with (w_pool, s_pool, sigma, n) activities are pooled after sigma(.)^n.
     dtype : how they are kept.
     memory : bytes. As many images as fit have their features kept, on the layer's device; those of the others are computed
         again whenever they are needed, with the same result.
     """
 
-    def __init__(self, layer, images: Tensor, pools: list[tuple[int, int]], dtype: torch.dtype = torch.float32, memory: float = 0):
+    def __init__(self, layer, images: Tensor, pools: list[tuple], dtype: torch.dtype = torch.float32, memory: float = 0):
         self.layer, self.images, self.pools, self.dtype = layer, images, pools, dtype
         self.kernel, self.device = synapses(layer.weight, layer.p), layer.weight.device
         side = images.shape[-1] - layer.w + 1
-        self.sizes = {(w, s): len(layer.weight) * ((side - w) // s + 1) ** 2 for w, s in pools}
+        self.sizes = {pool: len(layer.weight) * ((side - pool[0]) // pool[1] + 1) ** 2 for pool in pools}
         largest = max(self.sizes.values()) * 4
         maps = len(layer.weight) * side**2 * 4  # activities, where there is no kernel that pools them at once
         self.part = max(1, min((PART if self.device.type == "cpu" else DEVICE_PART) // largest, 2**30 // maps))
@@ -57,14 +57,15 @@ class Features:
         """Of these images, for each pooling: (B, features) float32, in the order in which a classifier sees them."""
         images = to_float(images.to(self.device))
         scale = 1 / patches.norms(images, self.layer.w, self.layer.p)
-        found = native.conv_pools(images, self.kernel, scale, self.pools)
-        if found is None:
+        plain = [pool for pool in self.pools if len(pool) == 2]
+        found = native.conv_pools(images, self.kernel, scale, plain) if plain else []
+        if found is None or len(plain) < len(self.pools):
             activity = F.conv2d(images, self.kernel) * scale
-            found = [F.max_pool2d(activity, w, s) for w, s in self.pools]
+            found = [F.max_pool2d(activate(activity, *after) if after else activity, w, s) for w, s, *after in self.pools]
         return [each.flatten(1) for each in found]
 
-    def of(self, index: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        """Of images by number, for each pooling: (w_pool, s_pool) and (B, features) float32, rounded to ``dtype`` and back.
+    def of(self, index: Tensor) -> Iterator[tuple[tuple, Tensor]]:
+        """Of images by number, for each pooling: its entry in ``pools`` and (B, features) float32, rounded to ``dtype`` and back.
 
         At most ``part`` images. What was given is overwritten by what comes next.
         """
@@ -117,7 +118,7 @@ class _Together:
     """Heads with the same pooling, activation function and power. Their weights lie side by side, in one tensor."""
 
     def __init__(self, heads: list[Head]):
-        self.heads, self.n = heads, heads[0].network.head.n
+        self.heads, self.n = heads, _rest(heads[0])[1]
         self.weight = torch.stack([head.network.linear.weight.data for head in heads])
         self.bias = torch.stack([head.network.linear.bias.data for head in heads])
         for head, weight, bias in zip(heads, self.weight, self.bias, strict=True):
@@ -158,7 +159,8 @@ class Head:
     stopped: str = ""
 
     def __post_init__(self):
-        self.optimizer = torch.optim.AdamW(self.network.linear.parameters(), lr=self.network.head.head_eta0, fused=True)
+        learned = [each for each in self.network.linear.parameters() if each.requires_grad]
+        self.optimizer = torch.optim.AdamW(learned, lr=self.network.head.head_eta0, fused=True)
 
     @property
     def done(self) -> bool:
@@ -198,7 +200,7 @@ def train_heads(heads: list[Head], images: Tensor, labels: Tensor, dtype=torch.f
     for head in heads:
         if head.network.conv.p != layer.p or not torch.equal(head.network.conv.weight, layer.weight):
             raise ValueError("these heads have different KH layers; train_heads wants heads of one layer")
-    pools = list(dict.fromkeys((h.network.head.w_pool, h.network.head.s_pool) for h in heads if not h.done))
+    pools = list(dict.fromkeys(_pooling(head) for head in heads if not head.done))
     if not pools:
         return
     features = Features(layer, images, pools, dtype, memory)
@@ -218,16 +220,28 @@ def train_heads(heads: list[Head], images: Tensor, labels: Tensor, dtype=torch.f
                 after_epoch(active)
 
 
+def _pooling(head: Head) -> tuple:
+    """What :class:`Features` needs to know of it."""
+    s = head.network.head
+    return (s.w_pool, s.s_pool) if s.pooling == "first" else (s.w_pool, s.s_pool, s.sigma, s.n)
+
+
+def _rest(head: Head) -> tuple[str, float]:
+    """Activation function and power that come after the pooling; "" for none."""
+    s = head.network.head
+    return (s.sigma, s.n) if s.pooling == "first" else ("", 1)
+
+
 def _each(together) -> list[_Together]:
     return [one for _, by_sigma in together for each in by_sigma.values() for one in each]
 
 
-def _arrange(heads: list[Head]) -> list[tuple[tuple[int, int], dict[str, list[_Together]]]]:
+def _arrange(heads: list[Head]) -> list[tuple[tuple, dict[str, list[_Together]]]]:
     """Of each pooling, of each activation function: the heads of each power."""
     keys: dict = {}
     for head in heads:
-        s = head.network.head
-        keys.setdefault((s.w_pool, s.s_pool), {}).setdefault(s.sigma, {}).setdefault(s.n, []).append(head)
+        sigma, n = _rest(head)
+        keys.setdefault(_pooling(head), {}).setdefault(sigma, {}).setdefault(n, []).append(head)
     return [(pool, {sigma: [_Together(of) for of in by_n.values()] for sigma, by_n in by_sigma.items()}) for pool, by_sigma in keys.items()]
 
 
@@ -255,7 +269,7 @@ def _train_epoch(features: Features, labels: Tensor, together: list, active: lis
             target = labels[part.to(labels.device)]
             for pool, x in features.of(part):
                 for sigma, ones in by_pool.get(pool, {}).items():
-                    y = _activated(x, sigma, room)
+                    y = _activated(x, sigma, room) if sigma else x
                     for one in ones:
                         one.add(y, target, 1 / len(index))
         for one in every:
@@ -272,11 +286,11 @@ def _train_epoch(features: Features, labels: Tensor, together: list, active: lis
 @torch.no_grad()
 def logits(heads: list[Head], images: Tensor) -> list[Tensor]:
     """Of every head of one KH layer, what it says of every image: (N, classes) float32 on the CPU each."""
-    pools = list(dict.fromkeys((h.network.head.w_pool, h.network.head.s_pool) for h in heads))
+    pools = list(dict.fromkeys(_pooling(head) for head in heads))
     features, found = Features(heads[0].network.conv, images, pools), [[] for _ in heads]
     for part in torch.arange(len(images)).split(features.part):
         for pool, x in features.of(part):
             for to, head in zip(found, heads, strict=True):
-                if (head.network.head.w_pool, head.network.head.s_pool) == pool:
+                if _pooling(head) == pool:
                     to.append(head.network.classify(x).cpu())
     return [torch.cat(parts) for parts in found]

@@ -60,7 +60,7 @@ def activate(x: Tensor, sigma: str, n: float) -> Tensor:
 
 
 class Network(nn.Module):
-    """Convolution -> max-pooling -> sigma(.)^n -> flatten -> linear classifier (fig. 6.1).
+    """Convolution -> max-pooling -> sigma(.)^n -> flatten -> linear classifier (fig. 6.1); ``pooling="last"`` swaps the middle two.
 
     ``conv`` is a :class:`~khnb.layer.KHConv2d` in an LL model and a plain ``Conv2d``, without patch normalisation, in its
     BP twin. Images (B, C, H, W), float in [0, 1] -> logits (B, classes); softmax is left to the loss.
@@ -71,7 +71,10 @@ class Network(nn.Module):
         self.conv, self.linear, self.head = conv, linear, head
 
     def pool(self, images: Tensor) -> Tensor:
-        """Max-pooled activities, before the activation function: (B, F, P, P)."""
+        """Max-pooled activities, before the activation function unless pooling comes last: (B, F, P, P)."""
+        if self.head.pooling == "last":
+            activity = activate(self.conv(images), self.head.sigma, self.head.n)
+            return F.max_pool2d(activity, self.head.w_pool, self.head.s_pool)
         if self.training and type(self.conv) is nn.Conv2d:
             pooled = native.conv_pool(images, self.conv.weight, self.conv.bias, self.head.w_pool, self.head.s_pool)
             if pooled is not None:
@@ -79,8 +82,10 @@ class Network(nn.Module):
         return F.max_pool2d(self.conv(images), self.head.w_pool, self.head.s_pool)
 
     def classify(self, pooled: Tensor) -> Tensor:
-        """Logits (B, classes) from pooled activities, (B, F, P, P) or flattened."""
-        return self.linear(activate(pooled, self.head.sigma, self.head.n).flatten(1))
+        """Logits (B, classes) from what :meth:`pool` gives, (B, F, P, P) or flattened."""
+        if self.head.pooling == "first":
+            pooled = activate(pooled, self.head.sigma, self.head.n)
+        return self.linear(pooled.flatten(1))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(self.pool(images))
@@ -92,13 +97,18 @@ def n_features(filters: int, side: int, w: int, head: HeadSettings) -> int:
     return filters * ((out - head.w_pool) // head.s_pool + 1) ** 2
 
 
-def _linear(features: int, classes: int, generator: torch.Generator) -> nn.Linear:
-    """A classifier with bias; weights and bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), drawn from the seed alone."""
-    linear = nn.Linear(features, classes)
-    return _uniform(linear, features, generator)
+def _linear(features: int, classes: int, head: HeadSettings, generator: torch.Generator) -> nn.Linear:
+    """A classifier as ``head_init`` and ``head_bias`` say, drawn from the seed alone. Without a bias it has one that stays zero."""
+    linear = _uniform(nn.Linear(features, classes), features, generator)
+    with torch.no_grad():
+        linear.weight *= dict(uniform=1, he=6**0.5, zeros=0)[head.head_init]
+        linear.bias *= head.head_init == "uniform" and head.head_bias == "yes"
+    linear.bias.requires_grad_(head.head_bias == "yes")
+    return linear
 
 
 def _uniform(module, fan_in, generator):
+    """Weights and bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     with torch.no_grad():
         for parameter in (module.weight, module.bias):
             drawn = torch.rand(parameter.shape, generator=generator)
@@ -110,7 +120,7 @@ def ll_network(weight: Tensor, p: float, head: HeadSettings, side: int, classes:
     """An LL model with the given filters (F, C, w, w) and an untrained classifier."""
     generator = torch.Generator().manual_seed(head.seed)
     features = n_features(len(weight), side, weight.shape[-1], head)
-    return Network(KHConv2d(weight, p), _linear(features, classes, generator), head)
+    return Network(KHConv2d(weight, p), _linear(features, classes, head, generator), head)
 
 
 def bp_network(K: int, w: int, head: HeadSettings, channels: int, side: int, classes: int) -> Network:
@@ -120,4 +130,4 @@ def bp_network(K: int, w: int, head: HeadSettings, channels: int, side: int, cla
     """
     generator = torch.Generator().manual_seed(head.seed)
     conv = _uniform(nn.Conv2d(channels, K * K, w), channels * w * w, generator)
-    return Network(conv, _linear(n_features(K * K, side, w, head), classes, generator), head)
+    return Network(conv, _linear(n_features(K * K, side, w, head), classes, head, generator), head)

@@ -411,11 +411,13 @@ def fgsm_attack(run: Run, model_record: dict, confidence: float = 0.8) -> dict:
 
 
 def expand(given: dict) -> list[dict]:
-    """One dictionary for each combination of the values that are given as lists, and of the dictionaries under ``"each"``."""
-    rest = {name: value for name, value in given.items() if name != "each"}
-    lists = {name: value for name, value in rest.items() if isinstance(value, list)}
-    combined = [rest | dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-    return [one | more for more in given.get("each", [{}]) for one in combined]
+    """One dictionary for each combination of the values that are given as lists, for each of the dictionaries under ``"each"``."""
+    found = []
+    for more in given.get("each", [{}]):
+        one = {name: value for name, value in given.items() if name != "each"} | more
+        lists = {name: value for name, value in one.items() if isinstance(value, list)}
+        found += [one | dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    return found
 
 
 def main(words: list[str]) -> None:

@@ -14,6 +14,7 @@ SCHEDULERS = ("constant", "linear", "exponential", "cosine", "step")
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "prelu", "elu", "gelu", "rexp")
 DTYPES = ("float32", "float16", "bfloat16")
 RANKS = ("activity", "Q")
+INITS = ("uniform", "he", "zeros")
 SCALES = ("max", "mean")
 
 
@@ -93,6 +94,9 @@ PARAMETERS: dict[str, Parameter] = {
     "head_epochs": Parameter(int, 100, "passes over all images", 1),
     "head_batch": Parameter(int, 1000, "images an update", 1),
     "head_order": Parameter(int, 0, "seed of the order of the images, which heads trained together share", 0, 2**31),
+    "pooling": Parameter(("first", "last"), "first", "whether the max-pooling comes before the activation function or after it"),
+    "head_bias": Parameter(("yes", "no"), "yes", "whether the classifier has a bias"),
+    "head_init": Parameter(INITS, "uniform", "initial classifier: U(-a, a), a = 1/sqrt(inputs) or, he, sqrt(6/inputs) without bias; or zeros"),
     "held_out": Parameter(int, 0, "training images kept aside, the last ones, to choose by", 0),
     # schedules 6.2 and 6.4
     "tau": Parameter(float, 2.5, "decay rate of the exponential schedule (eq. 6.2)", 0.0),
@@ -119,7 +123,7 @@ PARAMETERS: dict[str, Parameter] = {
 }
 
 
-LATER = {name: PARAMETERS[name].default for name in ("conv_share", "conv_order", "conv_chunk", "conv_rank", "conv_scale", "head_order", "held_out")}
+LATER = {name: PARAMETERS[name].default for name in ("conv_share", "conv_order", "conv_chunk", "conv_rank", "conv_scale", "head_order", "pooling", "head_bias", "head_init", "held_out")}
 
 
 #: a schedule of the convolution at a tenth of the cost, which ends at nearly the same filters and accuracy (chapter 8)
@@ -235,6 +239,9 @@ class HeadSettings(_Settings):
     head_epochs: int = _default("head_epochs")
     head_batch: int = _default("head_batch")
     head_order: int = _default("head_order")
+    pooling: str = _default("pooling")
+    head_bias: str = _default("head_bias")
+    head_init: str = _default("head_init")
     held_out: int = _default("held_out")
     tau: float = _default("tau")
     gamma: float = _default("gamma")

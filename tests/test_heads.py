@@ -20,10 +20,12 @@ from khnb.settings import HeadSettings
 from khnb.training import accuracy, epoch_order, predict, to_float
 
 BASE = dict(sigma="gelu", n=4, w_pool=5, head_eta0=5e-3, head_batch=100, head_epochs=3)
-#: every way two heads can differ: pooling, activation function, power, learning rate, schedule, seed, epochs, minibatch, order
+#: every way two heads can differ: pooling and its place, activation function, power, learning rate, schedule, seed, epochs, minibatch, order, bias,
+#: initial weights (but for zeros: there a class as frequent as all others has no gradient but rounding, of which AdamW makes a whole step)
 MIXED = [
     dict(), dict(sigma="elu"), dict(n=1), dict(n=7), dict(w_pool=8), dict(w_pool=1), dict(sigma="relu", n=2.5), dict(seed=3),
     dict(head_eta0=1e-3, head_scheduler="linear"), dict(head_epochs=1), dict(head_epochs=2, seed=1), dict(head_batch=70), dict(head_order=5),
+    dict(pooling="last"), dict(pooling="last", sigma="elu", n=2), dict(head_bias="no"), dict(head_init="he", seed=2),
 ]  # fmt: skip
 
 

@@ -144,6 +144,32 @@ class TestArchitecture:
             assert abs(drawn.mean()) < spread and abs(drawn.std() - bound / 3**0.5) < spread
             assert module.bias.abs().max() <= bound and module.bias.unique().numel() == module.bias.numel()
 
+    def test_other_initial_classifiers(self):
+        plain, he, zeros, bare = (
+            bp_network(3, 4, HeadSettings(**more), 3, 32, 10) for more in (dict(), dict(head_init="he"), dict(head_init="zeros"), dict(head_bias="no"))
+        )
+        torch.testing.assert_close(he.linear.weight, plain.linear.weight * 6**0.5)
+        assert torch.equal(bare.linear.weight, plain.linear.weight) and not zeros.linear.weight.any()
+        for each in (he, zeros, bare):
+            assert not each.linear.bias.any() and torch.equal(each.conv.weight, plain.conv.weight)
+        images, labels = torch.rand(20, 3, 32, 32), torch.arange(20) % 10
+        for network, learns in ((bare, False), (zeros, True)):
+            train(network.train(), images, labels)
+            assert network.linear.bias.any() == learns and network.linear.weight.any()
+
+    def test_pooling_first_or_last(self, sample):
+        """They differ only where an activation function that is not monotone, or an even power, meets negative activities."""
+        images = to_float(sample.test_images[:4])
+        for sigma, n, alike in (("elu", 1, True), ("relu", 4, True), ("elu", 3, True), ("elu", 4, False), ("gelu", 1, False)):
+            found = []
+            for pooling in ("first", "last"):
+                network = bp_network(4, 4, HeadSettings(sigma=sigma, n=n, pooling=pooling), 3, 32, 10).eval()
+                network.conv.weight.data *= 5
+                found.append(network(images))
+            assert torch.allclose(*found, atol=1e-5, rtol=1e-4) == alike
+            pooled = F.max_pool2d(activate(network.conv(images), sigma, n), 5, 2)
+            torch.testing.assert_close(found[1], network.linear(pooled.flatten(1)))
+
     def test_the_seed_decides(self):
         one, same, other = (bp_network(3, 4, HeadSettings(seed=seed), 1, 28, 10) for seed in (1, 1, 2))
         for name, value in one.state_dict().items():

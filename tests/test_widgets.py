@@ -27,9 +27,9 @@ MODULES = ("attack.js", "filters.js")
 SIGMAS = tuple(models.ACTIVATIONS)
 
 
-def network(kind, sigma="gelu", n=4.0, p=2.0, K=3, w=4, w_pool=5, s_pool=2, channels=3, side=32, seed=0):
+def network(kind, sigma="gelu", n=4.0, p=2.0, K=3, w=4, w_pool=5, s_pool=2, channels=3, side=32, seed=0, **more):
     """A small untrained network in eval mode whose answers depend on the image, and differ in confidence."""
-    head = HeadSettings(sigma=sigma, n=n, w_pool=w_pool, s_pool=s_pool, seed=seed)
+    head = HeadSettings(sigma=sigma, n=n, w_pool=w_pool, s_pool=s_pool, seed=seed, **more)
     generator = torch.Generator().manual_seed(seed)
     if kind == "LL":
         weight = torch.randn(K * K, channels, w, w, generator=generator)
@@ -226,6 +226,7 @@ def test_weights_of_any_size_survive_float16():
         (dict(classes=("a", "b")), "classes"),
         (dict(networks={"BP": network("BP").train()}), "training mode"),
         (dict(networks={"BP": network("BP", channels=1)}), "channels"),
+        (dict(networks={"BP": network("BP", pooling="last")}), "pools after"),
     ],
 )
 def test_the_lab_says_what_is_wrong(change, message):

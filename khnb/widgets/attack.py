@@ -39,6 +39,8 @@ def pack(network: Network, side: int) -> tuple[dict, bytes]:
     local = isinstance(conv, KHConv2d)
     if not local and not isinstance(conv, nn.Conv2d):
         raise TypeError(f"the convolution is a {type(conv).__name__}; expected KHConv2d or Conv2d")
+    if head.pooling != "first":
+        raise ValueError("the network pools after the activation function: the attack lab computes only the other order")
     weight = conv.weight.detach().double().cpu()
     arrays = dict(
         filters=(synapses(weight, conv.p) if local else weight).numpy(),
