@@ -17,10 +17,11 @@ import statistics
 import sys
 import time
 
+from khnb import native, training  # before torch, whose threads it keeps from spinning
+
 import torch
 import torch.nn.functional as F
 
-from khnb import native, training
 from khnb.heads import Features, Head, train_heads
 from khnb.layer import KHConv2d, synapses
 from khnb.models import activate, bp_network, ll_network

@@ -20,4 +20,10 @@ Data flows one way, and a module imports only from modules above it in this list
 ======================  =====================================================================
 """
 
+import os
+
+# PyTorch's threads wait for more work by spinning. The kernels have threads of their own, which would find the cores taken: with two of them they
+# ran at half speed. Read when PyTorch is first imported; set it in the environment to have it otherwise.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 __version__ = "0.1.0"

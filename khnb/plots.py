@@ -13,6 +13,7 @@ from khnb.learning import COLLAPSED
 
 #: the Okabe-Ito palette, which colour-blind readers can tell apart
 COLOURS = dict(LL="#0072B2", BP="#D55E00", thesis="#555555", fit="#000000")
+SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # of the same palette, where there are several lines
 LETTERS = "ABCDEFGHIJKLMNOPQRST"
 
 
@@ -132,18 +133,33 @@ def cell_map(rows: list[dict], value: str, label: str, text=None, mark=None):
     return figure
 
 
-def training_history(named: dict[str, dict]):
-    """Loss and training accuracy of models, epoch by epoch: name -> model record."""
+def training_history(named: dict[str, list[dict]]):
+    """Loss and training accuracy of models, epoch by epoch: name -> records of models trained alike, drawn alike."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    for name, record in named.items():
-        history, kind = record["results"]["history"], record["asked"]["model"]
-        epoch, style = [row["epoch"] for row in history], "-" if kind == "LL" else "--"
-        left.plot(epoch, [row["loss"] for row in history], style, color=COLOURS[kind], label=name)
-        right.plot(epoch, [row["accuracy"] for row in history], style, color=COLOURS[kind], label=f"{name}, training")
-        right.plot(epoch[-1:], [record["results"]["test_accuracy"]], "D", color=COLOURS[kind], label=f"{name}, test")
-    left.set(xlabel="epoch", ylabel="mean cross-entropy")
+    for name, records in named.items():
+        for i, record in enumerate(records):
+            history, kind = record["results"]["history"], record["asked"]["model"]
+            epoch, look = [row["epoch"] for row in history], dict(color=COLOURS[kind], lw=1.5 if len(records) == 1 else 0.8, ls="-" if kind == "LL" else "--")
+            left.plot(epoch, [row["loss"] for row in history], **look)
+            right.plot(epoch, [row["accuracy"] for row in history], **look, label=None if i else f"{name}, training")
+            right.plot(epoch[-1:], [record["results"]["test_accuracy"]], "D", ms=5, color=COLOURS[kind], label=None if i else f"{name}, test")
+    left.set(xlabel="epoch", ylabel="mean cross-entropy", yscale="log")
     right.set(xlabel="epoch", ylabel="accuracy")
     right.legend(fontsize=8)
+    return figure
+
+
+def accuracy_by_power(named: dict[str, list[dict]]):
+    """Accuracy against the power n, on held-out (solid) and test images (dashed): name -> model records with held-out images."""
+    figure, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for (name, records), colour, mark in zip(named.items(), SERIES, "os^D"):
+        n = [record["asked"]["n"] for record in records]
+        for key, style, what in (("validation_accuracy", "-", "held out"), ("test_accuracy", "--", "test")):
+            ax.plot(n, [record["results"][key] for record in records], style, marker=mark, ms=4, color=colour, label=f"{name}, {what}")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set(xlabel="power $n$", ylabel="accuracy")
+    ax.legend(fontsize=8)
     return figure
 
 

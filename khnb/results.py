@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import khnb
-from khnb.settings import LATER
+from khnb.settings import LATER, PARAMETERS
 
 KINDS = ("layer", "probe", "model", "attack", "timing")
 COMPUTING = ("settings", "patches", "layer", "native", "learning", "models", "training", "attacks", "robustness")
@@ -166,13 +166,18 @@ class Store:
         return self._read(path) if path.exists() else None
 
     def find(self, kind: str, **asked) -> list[dict]:
-        """All records of a kind whose hyperparameters equal those named: full data first, then by seed.
+        """All records of a kind whose hyperparameters equal those named: full data first, then those with the fewest values other than
+        the defaults, then by seed.
 
         A parameter that came later (:data:`khnb.settings.LATER`) and is not in a record has its default there.
         """
+
+        def unusual(record):
+            return sum(name in PARAMETERS and name != "seed" and value != PARAMETERS[name].default for name, value in record["asked"].items())
+
         found = (self._read(path) for path in sorted((self.root / "records" / kind).glob("*.json")))
         match = [r for r in found if r and all(r["asked"].get(k, LATER.get(k, _MISSING)) == v for k, v in asked.items())]
-        return sorted(match, key=lambda r: (r["data"]["name"] != "cifar10", r["asked"].get("seed", 0), r["id"]))
+        return sorted(match, key=lambda r: (r["data"]["name"] != "cifar10", unusual(r), r["asked"].get("seed", 0), r["id"]))
 
     def full(self, kind: str, **asked) -> list[dict]:
         """Those of :meth:`find` that were made on the full CIFAR-10."""

@@ -6,9 +6,11 @@ import csv
 from html import escape
 from pathlib import Path
 
+import numpy as np
 from scipy.stats import binomtest
 
 from khnb.learning import COLLAPSED, fates
+from khnb.settings import PARAMETERS, ConvSettings, HeadSettings
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 
@@ -90,6 +92,13 @@ def pairs(rows, parameter: str, low, high, value: str, settings) -> tuple[int, i
 ENSEMBLE = {"LL": ("K", "w", "m", "p", "n", "w_pool"), "BP": ("K", "w", "n", "w_pool", "sigma")}
 
 
+def spread(values) -> str:
+    """Mean ± standard deviation (of a sample) and how many, or the value if there is only one; "none yet" without any."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else "none yet"
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} ({len(values)})"
+
+
 def ensemble_row(asked: dict) -> dict[str, str] | None:
     """The row of the thesis's table B.1 (LL) or B.3 (BP), both for FGSM, with these hyperparameters, or ``None``."""
     kind = asked["model"]
@@ -106,6 +115,24 @@ def printed(asked: dict, quantity: str) -> str:
     """``acc`` or ``R`` of :func:`ensemble_row` as text, mean ± standard deviation, or "not stated"."""
     row = ensemble_row(asked)
     return f"{row[quantity + '_mean']} ± {row[quantity + '_std']}" if row else "not stated"
+
+
+def ensemble(models: list[dict], row: dict[str, str], kind: str) -> tuple[list[dict], dict]:
+    """Our models of a row of the ensemble tables, all trained alike, and what they have that the thesis's have not.
+
+    models : records; row : of ``table_B1`` ... ``table_B4``; kind : ``"LL"`` or ``"BP"``. Of several kinds of training the one with the
+    fewest settings other than the thesis's is taken (their names -> values are the second result), then the one with the most models.
+    """
+    usual = {name: PARAMETERS[name].default for name in (*ConvSettings.names(), *HeadSettings.names()) if name not in ("seed", *ENSEMBLE[kind])}
+    usual |= dict(sigma="gelu") if kind == "LL" else dict(head_epochs=PARAMETERS["bp_epochs"].default)
+    groups: dict[tuple, list[dict]] = {}
+    for record in models:
+        asked = record["asked"]
+        if asked["model"] == kind and all(row[k] == asked[k] if k == "sigma" else float(row[k]) == asked[k] for k in ENSEMBLE[kind]):
+            other = tuple((name, asked[name]) for name in usual if name in asked and asked[name] != usual[name])
+            groups.setdefault(other, []).append(record)
+    other = min(groups, key=lambda other: (len(other), -len(groups[other])), default=())
+    return groups.get(other, []), dict(other)
 
 
 CELL = ("delta", "w", "p", "m")  # what a cell of table A.1 fixes

@@ -22,8 +22,9 @@
 # f-score passed 0.8, and ten BP models a set. The tables give the number of models that could be attacked, and mean ±
 # standard deviation of accuracy and robustness.
 #
-# **The numbers on this page are the thesis's**, unless a column says "here". Columns that say "here" hold our single
-# models trained on the full data, where there is one with the hyperparameters of the row; the error of our $R$ is the
+# **The numbers on this page are the thesis's**, unless a column says "here". Columns that say "here" hold our own models with the
+# hyperparameters of the row, trained on the full CIFAR-10: mean ± standard deviation of their accuracy and how many they are, LL models on how many layers. Where they were not
+# trained quite as the thesis's, the last column says in what. $R$ is that of the first model that was attacked, with the
 # bootstrap error of that one model, not a spread between models.
 
 # %% tags=["remove-cell"]
@@ -34,35 +35,34 @@ from myst_nb import glue
 from khnb import tables
 from khnb.results import Store
 
-attacks = Store().full("attack", confidence=0.8)
+store = Store()
+models, attacks = store.full("model", held_out=0), store.full("attack", confidence=0.8)
 
 
 def ours(row, model, attack):
-    """Accuracy and R of the records with the hyperparameters of this row, as text; None where there is no record."""
-    names, accuracy, robustness = tables.ENSEMBLE[model], [], []
-    for record in attacks:
-        asked, fit = record["asked"], record["results"]["fit"]
-        same = all(row[k] == asked.get(k) if k == "sigma" else float(row[k]) == asked.get(k) for k in names)
-        if model == "LL":  # the thesis's LL ensembles all have these
-            same = same and asked.get("sigma") == "gelu" and asked.get("delta") == 0.1
-        if same and asked["model"] == model and asked["attack"] == attack:
-            accuracy.append(f"{record['results']['accuracy']:.3f}")
-            robustness.append(f"{fit['R']:.4f} ± {fit['R_err']:.4f}" if fit["status"] == "ok" else fit["status"])
-    return (", ".join(accuracy), ", ".join(robustness)) if accuracy else (None, None)
+    """What our models of this row have: accuracy, R and in what their training differs from the thesis's, as text; None without any."""
+    found, other = tables.ensemble(models, row, model)
+    if not found:
+        return dict.fromkeys(("accuracy (here)", "R (here)", "trained otherwise (here)"))
+    accuracy, layers = tables.spread([r["results"]["test_accuracy"] for r in found]), {r["layer"] for r in found if model == "LL"}
+    ids = [r["id"] for r in found]
+    fits = [r["results"]["fit"] for r in attacks if r["asked"]["of"] in ids and r["asked"]["attack"] == attack]
+    robustness = [f"{fit['R']:.4f} ± {fit['R_err']:.4f}" if fit["status"] == "ok" else fit["status"] for fit in fits]
+    return {
+        "accuracy (here)": accuracy + (f", {len(layers)} layers" if len(layers) > 1 else ""), "R (here)": robustness[0] if robustness else None,
+        "trained otherwise (here)": ", ".join(f"{k}={v:g}" if isinstance(v, (int, float)) else f"{k}={v}" for k, v in other.items()),
+    }
 
 
 def ensemble(name, model, attack):
     """One of the thesis's tables, with our values beside its own."""
     rows = []
     for row in tables.thesis(name):
-        accuracy, robustness = ours(row, model, attack)
+        here = ours(row, model, attack) if attack == "fgsm" else {}
         rows.append({k: row[k] for k in tables.ENSEMBLE[model]} | {
             "models": row["n_models"],
-            "accuracy (thesis)": f"{row['acc_mean']} ± {row['acc_std']}", "accuracy (here)": accuracy,
-            "R (thesis)": f"{row['R_mean']} ± {row['R_std']}", "R (here)": robustness,
-        })
-    if not any(row["R (here)"] for row in rows):
-        rows = [{k: v for k, v in row.items() if "here" not in k} for row in rows]
+            "accuracy (thesis)": f"{row['acc_mean']} ± {row['acc_std']}", "R (thesis)": f"{row['R_mean']} ± {row['R_std']}",
+        } | here)
     return Markdown(tables.markdown(rows))
 
 

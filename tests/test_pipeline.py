@@ -421,6 +421,7 @@ class TestLockstep:
         assert pipeline.expand(dict(K=1)) == [dict(K=1)]
         each = [dict(m=2, p=3), dict(m=3, p=2)]
         assert pipeline.expand(dict(K=[1, 2], each=each)) == [dict(K=k) | one for one in each for k in (1, 2)]
+        assert pipeline.expand(dict(K=1, each=[dict(m=[2, 3]), dict(K=[4, 5])])) == [dict(K=1, m=2), dict(K=1, m=3), dict(K=4), dict(K=5)]
 
     @pytest.mark.parametrize("what", ["layers", "probes"])
     def test_at_a_terminal(self, what, tiny, tmp_path, monkeypatch, capsys):

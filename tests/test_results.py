@@ -123,6 +123,11 @@ class TestFind:
         assert found == [(name, seed) for name in ("cifar10", "cifar10-sample") for seed in (0, 2, 10)]
         assert store.full("model", model="LL", K=2) == store.find("model", model="LL", K=2)[:3] and store.full("model", K=3) == []
 
+    def test_the_usual_before_the_unusual(self, store):
+        for more in (dict(seed=0, n=2.0, head_epochs=7), dict(seed=5), dict(seed=1, pooling="last"), dict(seed=1, n=2.0)):
+            put(store, dict(K=2, n=4.0, head_epochs=100) | more)
+        assert [(r["asked"]["seed"], len(r["asked"])) for r in store.find("model", K=2)] == [(5, 4), (1, 4), (1, 5), (0, 4)]
+
     def test_only_what_was_named(self, store):
         put(store, dict(K=2, seed=0)), put(store, dict(K=3, seed=0)), put(store, dict(K=2, seed=0), kind="layer")
         assert sorted(r["asked"]["K"] for r in store.find("model", seed=0)) == [2, 3]

@@ -116,3 +116,34 @@ def test_the_sweep_of_grid_1_is_balanced():
     for name in {row["parameter"] for row in rows}:
         counts = [row["layers"] for row in rows if row["parameter"] == name]
         assert sum(counts) == len(cells) and max(counts) - min(counts) <= 1
+
+
+def test_spread():
+    assert tables.spread([]) == "none yet" and tables.spread([0.12345]) == "0.123"
+    assert tables.spread([0.1, 0.2, 0.3]) == "0.200 ± 0.100 (3)"  # of a sample: n - 1
+
+
+class TestEnsemble:
+    ROW = dict(K="10", w="4", m="3", p="2", n="4", w_pool="5")
+
+    def model(self, **more):
+        usual = {name: p.default for name, p in PARAMETERS.items()} | dict(model="LL", delta=0.1, feature_dtype="float16")
+        return dict(asked=usual | more)
+
+    def test_those_trained_as_the_thesis_trained_come_first(self):
+        usual, fast = [self.model(seed=s, feature_dtype=d) for s, d in ((0, "float32"), (1, "float16"))], [self.model(conv_share=0.1, seed=s) for s in range(3)]
+        assert tables.ensemble([*fast, *usual], self.ROW, "LL") == (usual, {})
+        assert tables.ensemble(fast, self.ROW, "LL") == (fast, dict(conv_share=0.1))
+        assert tables.ensemble([*fast, self.model(conv_epochs=0)], self.ROW, "LL")[1] == dict(conv_share=0.1)  # of as many departures the larger group
+
+    @pytest.mark.parametrize("other", [dict(K=20), dict(p=3.0), dict(w_pool=9), dict(model="BP"), dict(n=5.0)])
+    def test_other_rows_are_left_out(self, other):
+        assert tables.ensemble([self.model(**other)], self.ROW, "LL") == ([], {})
+
+    def test_of_bp_models(self):
+        row = dict(K="10", w="4", n="4", w_pool="5", sigma="elu")
+        made = [self.model(model="BP", sigma="elu", head_epochs=e) for e in (70, 20)]
+        for record in made:
+            del record["asked"]["m"], record["asked"]["conv_epochs"]
+        assert tables.ensemble(made, row, "BP") == (made[:1], {}) and tables.ensemble(made[1:], row, "BP") == (made[1:], dict(head_epochs=20))
+        assert tables.ensemble([self.model(model="BP", sigma="gelu", head_epochs=70)], row, "BP") == ([], {})
