@@ -352,51 +352,6 @@ class TestLockstep:
         for record, layer in zip(resumed, whole):
             np.testing.assert_array_equal(run.store.arrays(record)["weight"], layer.weight)
 
-    @pytest.mark.slow
-    def test_kill_9_and_resume(self, tmp_path, sample):
-        """A process that is killed three times leaves whole checkpoints, and in the end the layers of an undisturbed one."""
-        script = tmp_path / "train.py"
-        script.write_text(textwrap.dedent("""
-            import sys, torch
-            from dataclasses import replace
-            from khnb import data, pipeline, settings
-            torch.set_num_threads(1)
-            pipeline.Checkpoint.__init__.__defaults__ = (0.0,)  # as often as it can
-            images = data.load("cifar10-sample")
-            images = replace(images, train_images=images.train_images[:60], train_labels=images.train_labels[:60])
-            run = pipeline.Run(images, pipeline.Store(sys.argv[1]), "cpu")
-            convs = [settings.ConvSettings(K=5, w=4, m=m, conv_epochs=30, conv_batch=500) for m in (2, 3)]
-            print([record["id"] for record in pipeline.conv_layers(run, convs)])
-        """))
-
-        def start(name):
-            environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / name), "KHNB_PROGRESS": "0"}
-            return subprocess.Popen([sys.executable, str(script), str(tmp_path / f"store-{name}")], env=environment, stdout=subprocess.PIPE, text=True)
-
-        def epochs():
-            for file in (tmp_path / "killed").rglob("*.pt"):
-                return len(torch.load(file, weights_only=True)[0]["history"])
-            return 0
-
-        before = 0
-        for _ in range(3):
-            child = start("killed")
-            deadline = time.monotonic() + 60
-            while epochs() < before + 2:
-                assert child.poll() is None and time.monotonic() < deadline
-                time.sleep(0.01)
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            assert epochs() > before  # never less than the last one left
-            before = epochs()
-        assert not list((tmp_path / "store-killed").rglob("*.json"))
-        found = [start(name).communicate(timeout=120)[0] for name in ("killed", "whole")]
-        assert found[0].splitlines()[-1] == found[1].splitlines()[-1] and f"epoch {before + 1} to 30" in found[0]
-        killed, whole = (Store(tmp_path / f"store-{name}") for name in ("killed", "whole"))
-        for one, other in zip(killed.find("layer"), whole.find("layer"), strict=True):
-            assert one["id"] == other["id"]
-            np.testing.assert_array_equal(killed.arrays(one)["weight"], whole.arrays(other)["weight"])
-
     def test_probes(self, run, monkeypatch, cache):
         doomed = ConvSettings(K=5, w=6, m=6, delta=2.0, conv_epochs=40, conv_batch=100, conv_eta0=2e-2)
         records = pipeline.collapse_probes(run, [doomed, replace(doomed, m=2, delta=0.0)], seeds=3, until=20)
@@ -445,6 +400,61 @@ class TestLockstep:
         name, value = next(iter(wrong.items()))
         with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not valid: expected ") + "(a whole|a list of whole numbers|true or)"):
             pipeline.main([json.dumps(dict(what="layers") | wrong)])
+
+
+KILLED = dict(
+    layer="pipeline.conv_layers(run, [settings.ConvSettings(K=5, w=4, m=m, conv_epochs=30, conv_batch=500) for m in (2, 3)])",
+    model="""pipeline.ll_models(run, settings.ConvSettings(K=5, w=4, conv_epochs=0), [
+        settings.HeadSettings(head_epochs=30, head_batch=20, n=n, w_pool=w, seed=seed) for n in (1, 4) for w, seed in ((5, 0), (9, 0), (9, 1))])""",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KILLED)
+def test_kill_9_and_resume(kind, tmp_path, sample):
+    """A process that is killed three times leaves whole checkpoints, and in the end what an undisturbed one makes: layers in lockstep,
+    or heads together."""
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(f"""
+        import sys, torch
+        from dataclasses import replace
+        from khnb import data, pipeline, settings
+        torch.set_num_threads(1)
+        pipeline.Checkpoint.__init__.__defaults__ = (0.0,)  # as often as it can
+        images = data.load("cifar10-sample")
+        images = replace(images, train_images=images.train_images[:60], train_labels=images.train_labels[:60])
+        run = pipeline.Run(images, pipeline.Store(sys.argv[1]), "cpu")
+        print([record["id"] for record in {KILLED[kind]}])
+    """))
+
+    def start(name):
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / name), "KHNB_PROGRESS": "0"}
+        return subprocess.Popen([sys.executable, str(script), str(tmp_path / f"store-{name}")], env=environment, stdout=subprocess.PIPE, text=True)
+
+    def epochs():
+        for file in (tmp_path / "killed").rglob("*.pt"):
+            return len(torch.load(file, weights_only=True)[0]["history"])
+        return 0
+
+    before = 0
+    for _ in range(3):
+        child = start("killed")
+        deadline = time.monotonic() + 60
+        while epochs() < before + 2:
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert epochs() > before  # never less than the last one left
+        before = epochs()
+    killed, whole = (Store(tmp_path / f"store-{name}") for name in ("killed", "whole"))
+    assert not killed.find(kind)
+    found = [start(name).communicate(timeout=120)[0] for name in ("killed", "whole")]
+    assert found[0].splitlines()[-1] == found[1].splitlines()[-1] and f"epoch {before + 1} to 30" in found[0]
+    for one, other in zip(killed.find(kind), whole.find(kind), strict=True):
+        assert one["id"] == other["id"] and len(one["results"]["history"]) == 30
+        for name, value in whole.arrays(other).items():
+            np.testing.assert_array_equal(killed.arrays(one)[name], value)
 
 
 class TestRandomFilters:
