@@ -133,6 +133,21 @@ class TestArchitecture:
         for fused, plain in zip(*found):
             torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.parametrize(("sigma", "n"), [(sigma, n) for sigma in ("relu", "elu", "gelu") for n in (1, 2, 4, 6, 8, 10, 12, 16)] + [("rexp", 1)])
+    def test_steep_powers_are_safe(self, sample, sigma, n):
+        """Every power of the thesis's BP models, with activities ten times those at the start: loss and gradients are those of double
+        precision, and the squares that AdamW keeps of them are far from overflowing."""
+        model = bp_network(4, 8, HeadSettings(sigma=sigma, n=n, w_pool=9), 3, 32, 10).train()
+        model.conv.weight.data *= 10
+        images, labels, found = to_float(sample.train_images[:20]), sample.train_labels[:20], []
+        for each, x in ((model, images), (copy.deepcopy(model).double(), images.double())):
+            loss = F.cross_entropy(each(x), labels)
+            loss.backward()
+            found.append([loss.detach().double()] + [parameter.grad.double() for parameter in each.parameters()])
+        for single, double in zip(*found, strict=True):
+            assert single.isfinite().all() and single.abs().max() < 1e18
+            torch.testing.assert_close(single, double, rtol=1e-3, atol=1e-4 * double.abs().max().item())
+
     @pytest.mark.parametrize("channels, side", [(1, 28), (3, 32)])
     def test_initial_weights(self, channels, side):
         """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), for weights and biases: range, mean and standard deviation."""
