@@ -252,7 +252,7 @@ def ll_models(
 ) -> list[dict]:
     """Records of LL models with one KH layer: the store's, else trained now, all heads together (:func:`khnb.heads.train_heads`).
 
-    The layer is trained where the store lacks it; heads have their own seeds. ``feature_dtype`` is how pooled activities are kept while
+    The layer is trained where the store lacks it. Heads have their own seeds. ``feature_dtype`` is how pooled activities are kept while
     heads train (``float16`` and ``bfloat16`` halve their memory), in at most ``memory`` GiB; but for ``exact`` a stored model is taken
     with any of them.
     ``results.history`` of a record has the time of its share: that of an epoch divided by the number of heads in it.
@@ -260,7 +260,7 @@ def ll_models(
     """
     for head in heads:
         check_geometry(run.shape[1], conv.w, head.w_pool)
-    asked = {head: dict(model="LL") | conv.dict() | head.dict() for head in heads}
+    asked = {head: _asked(conv, head) for head in heads}
     found = {}
     for head, ask in asked.items():
         stored = (run.find("model", ask | dict(feature_dtype=dtype), "LL model") for dtype in dict.fromkeys([feature_dtype, *(() if exact else DTYPES)]))
@@ -284,6 +284,14 @@ def ll_models(
     if stopped:
         raise FloatingPointError("; ".join(stopped))
     return [found[head] for head in heads]
+
+
+def _asked(conv: ConvSettings, head: HeadSettings) -> dict:
+    """The hyperparameters of an LL model. Those that layer and head both have are there once, unless they differ: then ``seed`` is
+    the layer's and ``head_seed`` the head's, and so for the constants of the schedules."""
+    own, others = conv.dict(), head.dict()
+    differ = {name: value for name, value in others.items() if name in own and own[name] != value}
+    return dict(model="LL") | own | others | {name: own[name] for name in differ} | {f"head_{name}": value for name, value in differ.items()}
 
 
 def _heads_checkpoint(run, conv, heads, dtype):

@@ -167,7 +167,7 @@ class Store:
 
     def find(self, kind: str, **asked) -> list[dict]:
         """All records of a kind whose hyperparameters equal those named: full data first, then those with the fewest values other than
-        the defaults, then by seed.
+        the defaults, then by seed (of an LL model that of its layer, then that of its head).
 
         A parameter that came later (:data:`khnb.settings.LATER`) and is not in a record has its default there.
         """
@@ -177,7 +177,7 @@ class Store:
 
         found = (self._read(path) for path in sorted((self.root / "records" / kind).glob("*.json")))
         match = [r for r in found if r and all(r["asked"].get(k, LATER.get(k, _MISSING)) == v for k, v in asked.items())]
-        return sorted(match, key=lambda r: (r["data"]["name"] != "cifar10", unusual(r), r["asked"].get("seed", 0), r["id"]))
+        return sorted(match, key=lambda r: (r["data"]["name"] != "cifar10", unusual(r), r["asked"].get("seed", 0), r["asked"].get("head_seed", -1), r["id"]))
 
     def full(self, kind: str, **asked) -> list[dict]:
         """Those of :meth:`find` that were made on the full CIFAR-10."""

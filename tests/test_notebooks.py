@@ -18,7 +18,7 @@ NOTEBOOKS = ROOT / "notebooks"
 CHAPTERS = [
     "01_introduction", "02_neural_networks", "03_supervised_training", "04_local_learning", "05_datasets",
     "06_implementation", "07_robustness", "08_training", "09_attacks", "10_discussion", "11_conclusions",
-    "A_grid_searches", "B_ensembles",
+    "A_grid_searches", "B_ensembles", "C_heads",
 ]
 # Small enough for a test; each is given to the notebooks that have a parameter of that name.
 SMALL = dict(data="cifar10-sample", conv_epochs=1, head_epochs=1, conv_batch=5000)

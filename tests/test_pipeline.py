@@ -557,6 +557,17 @@ class TestTogether:
         same(held[0]["results"]["history"], held[1]["results"]["history"])
         assert len(held[0]["results"]["history"]) == HEAD.head_epochs
 
+    def test_every_layer_with_every_head(self, run):
+        """A model is known by the seeds of its layer and of its head, and so for whatever else both have."""
+        convs, heads = [replace(CONV, seed=seed) for seed in (0, 1)], [replace(HEAD, seed=0), replace(HEAD, seed=1), replace(HEAD, seed=1, tau=1.0)]
+        made = {(conv, head): ll_model(run, conv, head) for conv in convs for head in heads}
+        assert len({record["id"] for record in made.values()}) == len(run.store.find("model")) == 6
+        for (conv, head), record in made.items():
+            assert record["layer"] == conv_layer(run, conv)["id"] and ll_model(run, conv, head) == record
+            assert record["asked"]["seed"] == conv.seed and record["asked"].get("head_seed", conv.seed) == head.seed
+            assert record["asked"]["tau"] == conv.tau and record["asked"].get("head_tau", conv.tau) == head.tau
+        assert [r["asked"].get("head_seed") for r in run.store.find("model", tau=CONV.tau, seed=0)] == [None, 1, 1]
+
     def test_not_all_images_can_be_held_out(self, run):
         with pytest.raises(ValueError, match="held_out=60 is not valid: tiny has 60 training images"):
             ll_model(run, CONV, replace(HEAD, held_out=60))
@@ -573,7 +584,7 @@ class TestTogether:
         pipeline.main([json.dumps(TestModelsOf.parameters | dict(what="bp", device="cpu", attacked=False))])
         pipeline.main([json.dumps(given | dict(n=2, w_pool=5, feature_dtype=["float32", "float16"], head_seeds=[7, 8]))])
         store = Store(tmp_path / "store")
-        made = sorted((r["asked"]["seed"], r["asked"]["feature_dtype"]) for r in store.find("model", n=2.0, w_pool=5))
+        made = sorted((r["asked"].get("head_seed", 0), r["asked"]["feature_dtype"]) for r in store.find("model", n=2.0, w_pool=5, seed=0))
         assert [one for one in made if one[0] in (7, 8)] == [(7, "float16"), (7, "float32"), (8, "float16"), (8, "float32")]
         assert len({r["layer"] for r in store.find("model", model="LL")}) == len(store.find("layer")) == 1
         assert [r["asked"]["model"] for r in Store(tmp_path / "store").find("model", model="BP")] == ["BP"]
