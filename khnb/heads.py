@@ -29,7 +29,8 @@ class Features:
     ----------
     layer : a :class:`~khnb.layer.KHConv2d`, on the device that is to compute.
     images : (N, C, H, W), uint8 or float in [0, 1].
-    pools : (w_pool, s_pool) of each pooling; with (w_pool, s_pool, sigma, n) activities are pooled after sigma(.)^n.
+    pools : (w_pool, s_pool) of each pooling; with (w_pool, s_pool, sigma) sigma is applied after it, with (w_pool, s_pool, sigma, n)
+        sigma(.)^n before it.
     dtype : how they are kept.
     memory : bytes. As many images as fit have their features kept, on the layer's device; those of the others are computed
         again whenever they are needed, with the same result.
@@ -57,12 +58,12 @@ class Features:
         """Of these images, for each pooling: (B, features) float32, in the order in which a classifier sees them."""
         images = to_float(images.to(self.device))
         scale = 1 / patches.norms(images, self.layer.w, self.layer.p)
-        plain = [pool for pool in self.pools if len(pool) == 2]
-        found = native.conv_pools(images, self.kernel, scale, plain) if plain else []
-        if found is None or len(plain) < len(self.pools):
+        before = [tuple(rest) if len(rest) == 2 else () for _, _, *rest in self.pools]
+        found = None if any(before) else native.conv_pools(images, self.kernel, scale, [pool[:2] for pool in self.pools])
+        if found is None:
             activity = F.conv2d(images, self.kernel) * scale
-            found = [F.max_pool2d(activate(activity, *after) if after else activity, w, s) for w, s, *after in self.pools]
-        return [each.flatten(1) for each in found]
+            found = [F.max_pool2d(activate(activity, *of) if of else activity, *pool[:2]) for of, pool in zip(before, self.pools, strict=True)]
+        return [ACTIVATIONS[pool[2]](x.flatten(1)) if len(pool) == 3 else x.flatten(1) for pool, x in zip(self.pools, found, strict=True)]
 
     def of(self, index: Tensor) -> Iterator[tuple[tuple, Tensor]]:
         """Of images by number, for each pooling: its entry in ``pools`` and (B, features) float32, rounded to ``dtype`` and back.
@@ -117,8 +118,8 @@ class _Sums:
 class _Together:
     """Heads with the same pooling, activation function and power. Their weights lie side by side, in one tensor."""
 
-    def __init__(self, heads: list[Head]):
-        self.heads, self.n = heads, _rest(heads[0])[1]
+    def __init__(self, heads: list[Head], n: float):
+        self.heads, self.n = heads, n
         self.weight = torch.stack([head.network.linear.weight.data for head in heads])
         self.bias = torch.stack([head.network.linear.bias.data for head in heads])
         for head, weight, bias in zip(heads, self.weight, self.bias, strict=True):
@@ -150,7 +151,7 @@ class _Together:
             getattr(first, name).zero_()
 
 
-@dataclass
+@dataclass(eq=False)
 class Head:
     """An LL model whose classifier is being trained. ``stopped`` names why it did not get to the end, if so."""
 
@@ -200,10 +201,10 @@ def train_heads(heads: list[Head], images: Tensor, labels: Tensor, dtype=torch.f
     for head in heads:
         if head.network.conv.p != layer.p or not torch.equal(head.network.conv.weight, layer.weight):
             raise ValueError("these heads have different KH layers; train_heads wants heads of one layer")
-    pools = list(dict.fromkeys(_pooling(head) for head in heads if not head.done))
-    if not pools:
+    ways = _ways([head for head in heads if not head.done], exact=dtype == torch.float32)
+    if not ways:
         return
-    features = Features(layer, images, pools, dtype, memory)
+    features = Features(layer, images, list(dict.fromkeys(pool for pool, _, _ in ways.values())), dtype, memory)
     labels = labels.to(features.device)
     groups: dict[tuple, list[Head]] = {}
     for head in heads:
@@ -214,35 +215,40 @@ def train_heads(heads: list[Head], images: Tensor, labels: Tensor, dtype=torch.f
             epoch = min(len(head.history) for head in group if not head.done)
             active = [head for head in group if not head.done and len(head.history) == epoch]
             if {id(head) for one in _each(together) for head in one.heads} != {id(head) for head in active}:
-                together = _arrange(active)
+                together = _arrange(active, ways)
             _train_epoch(features, labels, together, active, epoch)
             if after_epoch:
                 after_epoch(active)
 
 
-def _pooling(head: Head) -> tuple:
-    """What :class:`Features` needs to know of it."""
-    s = head.network.head
-    return (s.w_pool, s.s_pool) if s.pooling == "first" else (s.w_pool, s.s_pool, s.sigma, s.n)
+def _ways(heads: list[Head], exact: bool) -> dict[Head, tuple[tuple, str, float]]:
+    """Of each head, what :class:`Features` are to be kept for it, and the activation function ("" for none) and power left to apply.
 
+    ``exact``: they are kept without rounding. Then an activation function that all heads of a pooling have is applied once and for all.
+    """
+    first = [s for s in (head.network.head for head in heads) if s.pooling == "first"]
+    sigmas = {pool: {s.sigma for s in first if (s.w_pool, s.s_pool) == pool} for pool in {(s.w_pool, s.s_pool) for s in first}}
 
-def _rest(head: Head) -> tuple[str, float]:
-    """Activation function and power that come after the pooling; "" for none."""
-    s = head.network.head
-    return (s.sigma, s.n) if s.pooling == "first" else ("", 1)
+    def way(s) -> tuple[tuple, str, float]:
+        pool = s.w_pool, s.s_pool
+        if s.pooling == "last":
+            return (*pool, s.sigma, s.n), "", 1
+        return ((*pool, s.sigma), "", s.n) if exact and len(sigmas[pool]) == 1 else (pool, s.sigma, s.n)
+
+    return {head: way(head.network.head) for head in heads}
 
 
 def _each(together) -> list[_Together]:
     return [one for _, by_sigma in together for each in by_sigma.values() for one in each]
 
 
-def _arrange(heads: list[Head]) -> list[tuple[tuple, dict[str, list[_Together]]]]:
-    """Of each pooling, of each activation function: the heads of each power."""
+def _arrange(heads: list[Head], ways: dict) -> list[tuple[tuple, dict[str, list[_Together]]]]:
+    """Of each entry of :class:`Features`, of each activation function: the heads of each power."""
     keys: dict = {}
     for head in heads:
-        sigma, n = _rest(head)
-        keys.setdefault(_pooling(head), {}).setdefault(sigma, {}).setdefault(n, []).append(head)
-    return [(pool, {sigma: [_Together(of) for of in by_n.values()] for sigma, by_n in by_sigma.items()}) for pool, by_sigma in keys.items()]
+        pool, sigma, n = ways[head]
+        keys.setdefault(pool, {}).setdefault(sigma, {}).setdefault(n, []).append(head)
+    return [(pool, {sigma: [_Together(of, n) for n, of in by_n.items()] for sigma, by_n in by_sigma.items()}) for pool, by_sigma in keys.items()]
 
 
 def _activated(x: Tensor, sigma: str, room: Tensor) -> Tensor:
@@ -286,11 +292,11 @@ def _train_epoch(features: Features, labels: Tensor, together: list, active: lis
 @torch.no_grad()
 def logits(heads: list[Head], images: Tensor) -> list[Tensor]:
     """Of every head of one KH layer, what it says of every image: (N, classes) float32 on the CPU each."""
-    pools = list(dict.fromkeys(_pooling(head) for head in heads))
-    features, found = Features(heads[0].network.conv, images, pools), [[] for _ in heads]
+    ways = _ways(heads, exact=False)
+    features, found = Features(heads[0].network.conv, images, list(dict.fromkeys(pool for pool, _, _ in ways.values()))), [[] for _ in heads]
     for part in torch.arange(len(images)).split(features.part):
         for pool, x in features.of(part):
             for to, head in zip(found, heads, strict=True):
-                if _pooling(head) == pool:
+                if ways[head][0] == pool:
                     to.append(head.network.classify(x).cpu())
     return [torch.cat(parts) for parts in found]
