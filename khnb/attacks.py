@@ -1,7 +1,11 @@
 """First-order attacks and the adversarial radius (section 7.1).
 
 Every function takes any module that maps images (B, C, H, W), float in [0, 1], to logits (B, classes), in eval mode.
-The loss is the cross-entropy of the logits; attacked images are clipped to [0, 1] after every step.
+The loss is the cross-entropy of the logits. Attacked images are clipped to [0, 1] after every step, as is usual; the thesis says so of
+FGSM alone, and ``clip=False`` takes its eqs. 7.4 and 7.5 at their word.
+
+``norm`` measures distances: ``linf``, the thesis's, where a step goes along the sign of the gradient, or, to compare, ``l2`` (over all
+pixels and colours of an image), where it goes along the gradient itself, scaled to length 1.
 """
 
 from __future__ import annotations
@@ -20,8 +24,10 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def _check(model: nn.Module, images: Tensor, labels: Tensor, **amounts) -> None:
+def _check(model: nn.Module, images: Tensor, labels: Tensor, norm: str = "linf", **amounts) -> None:
     """``ValueError`` with one clear line for what cannot be attacked."""
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm={norm!r} is not valid: one of linf, l2")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before an attack")
     if images.ndim != 4 or not images.is_floating_point():
@@ -31,8 +37,8 @@ def _check(model: nn.Module, images: Tensor, labels: Tensor, **amounts) -> None:
     for name, value in amounts.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value} is not valid: a positive number is needed")
-        if name == "max_steps" and value != int(value):
-            raise ValueError(f"max_steps={value} is not valid: a whole number is needed")
+        if name in ("max_steps", "restarts") and value != int(value):
+            raise ValueError(f"{name}={value} is not valid: a whole number is needed")
     if len(images) == 0:
         return
     low, high = images.aminmax()
@@ -54,8 +60,34 @@ def gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return torch.autograd.grad(loss, x)[0]
 
 
-def _move(images: Tensor, direction: Tensor, epsilon: Tensor) -> Tensor:
-    return (images + epsilon.to(images.dtype)[:, None, None, None] * direction).clamp_(0, 1)
+def _lengths(x: Tensor, norm: str) -> Tensor:
+    """(B, 1, 1, 1), of (B, C, H, W)."""
+    return x.abs().amax((1, 2, 3), True) if norm == "linf" else x.square().sum((1, 2, 3), True).sqrt()
+
+
+def _ascent(model: nn.Module, images: Tensor, labels: Tensor, norm: str) -> Tensor:
+    """The step of length 1 along which the loss rises fastest; 0 where its gradient is 0."""
+    found = gradient(model, images, labels)
+    if norm == "linf":
+        return found.sign()
+    least = torch.finfo(found.dtype).tiny
+    found = found / _lengths(found, "linf").clamp_min(least)  # the squares of small numbers would vanish
+    return found / _lengths(found, norm).clamp_min(least)
+
+
+def _project(x: Tensor, images: Tensor, radius: float, norm: str, clip: bool) -> Tensor:
+    """Into the ball around the images, then to [0, 1], which does not leave it."""
+    if norm == "linf":
+        x = torch.minimum(torch.maximum(x, images - radius), images + radius)
+    else:
+        away = x - images
+        x = images + away * (radius / _lengths(away, norm).clamp_min(radius))
+    return x.clamp_(0, 1) if clip else x
+
+
+def _move(images: Tensor, direction: Tensor, epsilon: Tensor, clip: bool) -> Tensor:
+    moved = images + epsilon.to(images.dtype)[:, None, None, None] * direction
+    return moved.clamp_(0, 1) if clip else moved
 
 
 @torch.no_grad()
@@ -63,8 +95,8 @@ def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return _logits(model, images).argmax(1) == labels
 
 
-def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon) -> Tensor:
-    """Fast gradient sign method, eq. 7.3, clipped to [0, 1].
+def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon, norm: str = "linf", clip: bool = True) -> Tensor:
+    """Fast gradient sign method, eq. 7.3 (with ``norm="l2"`` the fast gradient method).
 
     images (B, C, H, W) float in [0, 1]; labels (B,) int64; epsilon >= 0 in units of the pixel range, a number or (B,).
     Returns the attacked images, same shape and dtype. ``ValueError`` on anything outside this.
@@ -73,13 +105,13 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon) -> Tensor:
     if epsilon.shape not in ((), (len(images),)) or not (epsilon.isfinite() & (epsilon >= 0)).all():
         raise ValueError(f"epsilon is not valid: a finite number >= 0 is needed, or one for each of {len(images)} images")
     epsilon = epsilon.expand(len(images))
-    _check(model, images, labels)
+    _check(model, images, labels, norm)
     if len(images) == 0:
         return images.clone()
-    return _move(images, gradient(model, images, labels).sign(), epsilon)
+    return _move(images, _ascent(model, images, labels, norm), epsilon, clip)
 
 
-def _iterate(model, images, labels, step, radius, max_steps, stop_when_fooled, start):
+def _iterate(model, images, labels, step, radius, max_steps, stop_when_fooled, start, norm, clip):
     """The loop of eqs. 7.4 and 7.5; returns the last iterates and the step of the first wrong one (-1: none)."""
     x = start.clone()
     steps = torch.full((len(images),), -1, dtype=torch.int64, device=images.device)
@@ -92,55 +124,74 @@ def _iterate(model, images, labels, step, radius, max_steps, stop_when_fooled, s
             active = active[~wrong]
         if i == max_steps or len(active) == 0:
             return x, steps
-        moved = x[active] + step * gradient(model, x[active], labels[active]).sign()
-        moved = torch.minimum(torch.maximum(moved, images[active] - radius), images[active] + radius)
-        x[active] = moved.clamp_(0, 1)
+        moved = x[active] + step * _ascent(model, x[active], labels[active], norm)
+        x[active] = _project(moved, images[active], radius, norm, clip)
+
+
+def _somewhere(images: Tensor, radius: float, norm: str, clip: bool) -> Tensor:
+    """A point of the ball around each image, from torch's global generator: uniform, or for l2 of uniform direction and length."""
+    if norm == "linf":
+        away = 2 * torch.rand_like(images) - 1
+    else:
+        away = torch.randn_like(images)
+        away = away / _lengths(away, norm) * torch.rand_like(away[:, :1, :1, :1])
+    return _project(images + radius * away, images, radius, norm, clip)
 
 
 def pgd(
     model: nn.Module, images: Tensor, labels: Tensor, step: float, radius: float, max_steps: int,
-    stop_when_fooled: bool = True, random_start: bool = False,
+    stop_when_fooled: bool = True, random_start: bool = False, restarts: int = 1, norm: str = "linf", clip: bool = True,
 ) -> Tensor:
-    """Projected gradient descent on the l-infinity ball, eq. 7.5, clipped to [0, 1].
+    """Projected gradient descent in a ball around the image, eq. 7.5.
 
     step, radius : in units of the pixel range; max_steps : number of steps at most. With ``stop_when_fooled`` an image
-    stays at its first wrong iterate. ``random_start`` begins at a uniform point of the ball (torch's global
-    generator) instead of the image. Returns the attacked images, same shape and dtype. ``ValueError`` on bad input.
+    stays at its first wrong iterate. ``random_start`` begins at a random point of the ball (torch's global
+    generator) instead of the image; with ``restarts`` > 1 images that are still right begin again elsewhere, so many times in all.
+    Returns the attacked images, same shape and dtype. ``ValueError`` on bad input.
     """
-    _check(model, images, labels, step=step, radius=radius, max_steps=max_steps)
-    if len(images) == 0:
-        return images.clone()
-    start = images
-    if random_start:
-        start = (images + radius * (2 * torch.rand_like(images) - 1)).clamp_(0, 1)
-    return _iterate(model, images, labels, step, radius, max_steps, stop_when_fooled, start)[0]
+    _check(model, images, labels, norm, step=step, radius=radius, max_steps=max_steps, restarts=restarts)
+    if restarts > 1 and not random_start:
+        raise ValueError(f"restarts={restarts} is not valid without random_start=True: all of them would be the same")
+    found, left = images.clone(), torch.arange(len(images), device=images.device)
+    for _ in range(int(restarts)):
+        if len(left) == 0:
+            break
+        x, y = images[left], labels[left]
+        start = _somewhere(x, radius, norm, clip) if random_start else x
+        found[left] = _iterate(model, x, y, step, radius, max_steps, stop_when_fooled, start, norm, clip)[0]
+        left = left[_right(model, found[left], y)] if restarts > 1 else left
+    return found
 
 
-def ifgsm(model: nn.Module, images: Tensor, labels: Tensor, step: float, max_steps: int, stop_when_fooled: bool = True) -> Tensor:
-    """Iterative FGSM, eq. 7.4: :func:`pgd` in a ball no image in [0, 1] can leave."""
-    return pgd(model, images, labels, step, 1.0, max_steps, stop_when_fooled)
+def ifgsm(
+    model: nn.Module, images: Tensor, labels: Tensor, step: float, max_steps: int, stop_when_fooled: bool = True,
+    norm: str = "linf", clip: bool = True,
+) -> Tensor:
+    """Iterative FGSM, eq. 7.4: :func:`pgd` in a ball that no step leads out of."""
+    return pgd(model, images, labels, step, 1.01 * step * max_steps, max_steps, stop_when_fooled, norm=norm, clip=clip)
 
 
 def pgd_radius(
-    model: nn.Module, images: Tensor, labels: Tensor, step: float, radius: float, max_steps: int
+    model: nn.Module, images: Tensor, labels: Tensor, step: float, radius: float, max_steps: int, norm: str = "linf", clip: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """l-infinity distance and number of steps at PGD's first wrong iterate, starting at the image.
+    """Distance and number of steps at PGD's first wrong iterate, starting at the image.
 
     Returns ``(radii, steps)``, (B,) float64 and (B,) int64: 0 and 0 where the image itself is wrong, ``inf`` and -1 where no
     iterate up to ``max_steps`` is. Arguments as in :func:`pgd`.
     """
-    _check(model, images, labels, step=step, radius=radius, max_steps=max_steps)
+    _check(model, images, labels, norm, step=step, radius=radius, max_steps=max_steps)
     if len(images) == 0:
         return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
-    x, steps = _iterate(model, images, labels, step, radius, max_steps, True, images)
-    distance = (x.double() - images.double()).abs().flatten(1).amax(1)
+    x, steps = _iterate(model, images, labels, step, radius, max_steps, True, images, norm, clip)
+    distance = _lengths(x.double() - images.double(), norm).flatten()
     return torch.where(steps < 0, math.inf, distance), steps
 
 
 def fgsm_radius(
-    model: nn.Module, images: Tensor, labels: Tensor, eps_max: float = 1.0, scan: float = 1e-3, tol: float = 1e-6
+    model: nn.Module, images: Tensor, labels: Tensor, eps_max: float = 1.0, scan: float = 1e-3, tol: float = 1e-6,
+    norm: str = "linf", clip: bool = True,
 ) -> Tensor:
-    """The adversarial radius along the FGSM ray: the smallest strength that fools the model.
+    """The adversarial radius along the ray of :func:`fgsm`: the smallest strength that fools the model.
 
     One gradient gives the ray. Whether the model is fooled need not be monotone along it, so it is scanned from 0
     in steps of ``scan``; the interval of the first crossing is halved until its ends are ``tol`` apart. All
@@ -150,7 +201,7 @@ def fgsm_radius(
     Returns (B,) float64: 0 where the image itself is wrong, ``inf`` where it is right at every scanned strength up to
     ``eps_max``. A crossing and return within one scan interval goes unseen. ``ValueError`` on bad input.
     """
-    _check(model, images, labels, eps_max=eps_max, scan=scan, tol=tol)
+    _check(model, images, labels, norm, eps_max=eps_max, scan=scan, tol=tol)
     out = torch.zeros(len(images), dtype=torch.float64, device=images.device)
     if len(images) == 0:
         return out
@@ -160,7 +211,7 @@ def fgsm_radius(
     if len(active) == 0:
         return out
     direction = torch.zeros_like(images)
-    direction[active] = gradient(model, images[active], labels[active]).sign()
+    direction[active] = _ascent(model, images[active], labels[active], norm)
     wrong_at = torch.full((len(images),), -1, dtype=torch.int64, device=images.device)
     right_at = torch.zeros_like(wrong_at)
     at = 0
@@ -170,7 +221,7 @@ def fgsm_radius(
         places = torch.arange(1, count + 1, device=images.device) * grain + at
         places = places.clamp_max(last).unique()
         who = active.repeat_interleave(len(places))
-        right = _right(model, _move(images[who], direction[who], places.repeat(len(active)).double() * tol), labels[who])
+        right = _right(model, _move(images[who], direction[who], places.repeat(len(active)).double() * tol, clip), labels[who])
         right = right.reshape(len(active), len(places))
         fooled = ~right.all(1)
         first = right.int().argmin(1)[fooled]
@@ -184,7 +235,7 @@ def fgsm_radius(
         if len(todo) == 0:
             break
         middle = (wrong_at[todo] + right_at[todo]) // 2
-        right = _right(model, _move(images[todo], direction[todo], middle.double() * tol), labels[todo])
+        right = _right(model, _move(images[todo], direction[todo], middle.double() * tol, clip), labels[todo])
         right_at[todo] = torch.where(right, middle, right_at[todo])
         wrong_at[todo] = torch.where(right, wrong_at[todo], middle)
     return torch.where(wrong_at > 0, wrong_at.double() * tol, out)
