@@ -390,32 +390,83 @@ def network(record: dict, store: Store | None = None, side: int = 32) -> models.
     return model.eval()
 
 
-def fgsm_attack(run: Run, model_record: dict, confidence: float = 0.8) -> dict:
-    """Record of FGSM radii (eq. 7.3) and their fit (eqs. 7.6-7.7) for every correct, confident test image.
+#: what an attack can be given, beside the least confidence of the images
+AMOUNTS = dict(fgsm=("eps_max",), pgd=("step", "radius", "max_steps"))
 
-    The store's record is used where it has one for this model; else the run's test images are attacked now.
+
+def attack(run: Run, model_record: dict, kind: str = "fgsm", confidence: float = 0.8, **amounts) -> dict:
+    """Record of the adversarial radii of every correct, confident test image, and of their fit (eqs. 7.6-7.7).
+
+    The store's record is used where it has one for this model; else that of the same attack on all images of some lower confidence, of
+    which these are some; else the run's test images are attacked now.
+
+    Parameters
+    ----------
+    kind : ``fgsm``, :func:`khnb.attacks.fgsm_radius` with ``eps_max``; or ``pgd``, :func:`khnb.attacks.pgd_radius` with ``step``,
+        ``radius`` and ``max_steps``, whose record has ``fit_steps`` as well, the fit of the numbers of steps.
+    confidence : the least softmax output of an attacked image (C in section 7.2).
+    amounts : defaults are those of :data:`khnb.settings.PARAMETERS`.
+
+    Arrays: ``radii``; ``images``, their numbers in the test set; ``confidences``; of pgd ``steps``. ``ValueError`` for another kind or amount.
     """
-    asked = dict(model_record["asked"], attack="fgsm", confidence=confidence, eps_max=1.0, of=model_record["id"])
-    record = run.find("attack", asked, f"FGSM on the {asked['model']} model")
+    if kind not in AMOUNTS:
+        raise ValueError(f"attack={kind!r} is not valid: one of {', '.join(AMOUNTS)}")
+    amounts = check({name: PARAMETERS[name].default for name in AMOUNTS[kind]} | amounts, AMOUNTS[kind])
+    amounts["confidence"] = check(dict(confidence=confidence))["confidence"]
+    asked = dict(model_record["asked"], attack=kind, **amounts, of=model_record["id"])
+    name = f"{kind.upper()} on the {asked['model']} model"
+    record = run.find("attack", asked, name)
     if record:
         return record
-    started, device, data = time.perf_counter(), pick_device(run.device), run.data
+    started, device, more = time.perf_counter(), pick_device(run.device), {}
+    others = run.store.find("attack", **{name: value for name, value in asked.items() if name != "confidence"})
+    here = dict(name=run.data.name, **run.data.sha256)
+    wider = [r for r in others if r["asked"]["confidence"] < confidence and "confidences" in r["arrays"]["names"] and r["data"] == here]
+    if wider:
+        arrays, more = run.store.arrays(wider[0]), dict(derived_from=wider[0]["id"])
+        some = arrays["confidences"] >= amounts["confidence"]
+        arrays = {name: values[some] for name, values in arrays.items()}
+        run.note(f"{name}: {some.sum()} of the {len(some)} images of record {wider[0]['id']}.")
+    else:
+        checkpoint = Checkpoint(record_id("attack", asked, run.data.sha256))
+        arrays = _attack_now(run, model_record, kind, amounts, device, checkpoint)
+    results = dict(fit=robustness.fit(arrays["radii"]).dict(), accuracy=model_record["results"]["test_accuracy"])
+    if kind == "pgd":
+        steps = np.where(arrays["steps"] < 0, np.inf, arrays["steps"])
+        results["fit_steps"] = robustness.fit(steps).dict()
+    spent = float(arrays.pop("seconds", 0.0)) or time.perf_counter() - started
+    record = run.store.put("attack", asked, run.data, results=results, arrays=arrays, wall_s=spent, device=device, **more)
+    if not wider:
+        checkpoint.clear()
+    return record
+
+
+def _attack_now(run: Run, model_record: dict, kind: str, amounts: dict, device, checkpoint: Checkpoint) -> dict:
+    """The arrays of :func:`attack`, and the ``seconds`` it took, those of an interrupted run included."""
+    data, started = run.data, time.perf_counter()
     model = network(model_record, run.store, run.shape[1]).to(device)
     top, guess = training.predict(model, data.test_images).softmax(1).max(1)
-    chosen = torch.nonzero((guess == data.test_labels) & (top >= confidence))[:, 0]
-    run.note(f"FGSM: attacking {len(chosen)} of {len(guess)} test images of {data.name}, correct and at least {confidence:.0%} sure.")
-    radii = [torch.empty(0, dtype=torch.float64)]
-    with progress(len(chosen), "FGSM", "image") as bar:
-        for part in chosen.split(training.part_size(model, data.test_images)):
+    chosen = torch.nonzero((guess == data.test_labels) & (top >= amounts["confidence"]))[:, 0]
+    run.note(f"{kind.upper()}: attacking {len(chosen)} of {len(guess)} test images of {data.name}, correct and at least {amounts['confidence']:.0%} sure.")
+    state = checkpoint.load() or dict(radii=[], steps=[], seconds=0.0)
+    done, size = sum(map(len, state["radii"])), training.part_size(model, data.test_images)
+    with progress(len(chosen), kind.upper(), "image", done) as bar:
+        for first in range(done, len(chosen), size):
+            part = chosen[first : first + size]
             images, labels = training.to_float(data.test_images[part]).to(device), data.test_labels[part].to(device)
-            radii.append(attacks.fgsm_radius(model, images, labels).cpu())
+            if kind == "fgsm":
+                radii, steps = attacks.fgsm_radius(model, images, labels, amounts["eps_max"]), None
+            else:
+                radii, steps = attacks.pgd_radius(model, images, labels, amounts["step"], amounts["radius"], amounts["max_steps"])
+                state["steps"].append(steps.cpu())
+            state["radii"].append(radii.cpu())
             bar.update(len(part))
-    radii = torch.cat(radii).numpy()
-    return run.store.put(
-        "attack", asked, data, results=dict(fit=robustness.fit(radii).dict(), accuracy=model_record["results"]["test_accuracy"]),
-        arrays=dict(radii=radii, images=chosen.int().numpy()),
-        wall_s=time.perf_counter() - started, device=device,
-    )
+            checkpoint.save(lambda: state | dict(seconds=state["seconds"] + time.perf_counter() - started))
+    arrays = dict(radii=torch.cat([torch.empty(0, dtype=torch.float64), *state["radii"]]).numpy(), images=chosen.int().numpy())
+    arrays |= dict(confidences=top[chosen].numpy(), seconds=state["seconds"] + time.perf_counter() - started)
+    if kind == "pgd":
+        arrays["steps"] = torch.cat([torch.empty(0, dtype=torch.int64), *state["steps"]]).short().numpy()
+    return arrays
 
 
 def expand(given: dict) -> list[dict]:
@@ -436,7 +487,8 @@ def main(words: list[str]) -> None:
     ``"bp"`` (BP models alone), ``"layers"`` (with ``"snapshots"`` and ``"stop_collapsed"``, see :func:`conv_layers`) or ``"probes"`` (with
     ``"seeds"`` and ``"until"``, see :func:`collapse_probes`). Layers and probes of one object are trained in lockstep, LL models with the
     same KH layer together; ``"head_seeds"`` is a list of the seeds of their classifiers, where these are not to be ``"seed"``. Models are
-    attacked as well, but for ``"attacked": false``. ``ValueError`` before anything runs where something is wrong.
+    attacked as well, with FGSM: ``"attacked"`` is ``false`` for not at all, or a list of attacks, objects with ``"attack"``, ``"confidence"``
+    and amounts as :func:`attack` takes them. ``ValueError`` before anything runs where something is wrong.
     """
     asked = []
     for word in words:
@@ -452,9 +504,9 @@ def main(words: list[str]) -> None:
         what, seeds, until = given.pop("what", "models"), given.pop("seeds", 5), given.pop("until", 1)
         snapshots, stop = given.pop("snapshots", list(SNAPSHOTS)), given.pop("stop_collapsed", False)
         attacked, head_seeds = given.pop("attacked", True), given.pop("head_seeds", None)
-        for name, value in (("stop_collapsed", stop), ("attacked", attacked)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r} is not valid: expected true or false")
+        if not isinstance(stop, bool):
+            raise ValueError(f"stop_collapsed={stop!r} is not valid: expected true or false")
+        attacked = _attacks(attacked)
         lists = dict(snapshots=(snapshots, 0), head_seeds=([0] if head_seeds is None else head_seeds, 0))
         for name, (numbers, least) in (dict(seeds=([seeds], 1), until=([until], 1)) | lists).items():
             if not isinstance(numbers, list) or not all(type(number) is int and number >= least for number in numbers):
@@ -479,7 +531,23 @@ def main(words: list[str]) -> None:
             print(f"K={conv.K} w={conv.w} p={conv.p:g} m={conv.m} delta={conv.delta:g}: {told} ({record['id']})", flush=True)
 
 
-def _models(run: Run, group: list[dict], what: str, attacked: bool, head_seeds: list[int] | None) -> None:
+def _attacks(given) -> list[dict]:
+    """What :func:`attack` is to be called with, from ``"attacked"``."""
+    if isinstance(given, bool):
+        return [dict(kind="fgsm")] * given
+    if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+        raise ValueError(f"attacked={given!r} is not valid: expected true, false or a list of attacks")
+    found = []
+    for one in given:
+        one = dict(one)
+        kind = one.pop("attack", "fgsm")
+        if kind not in AMOUNTS:
+            raise ValueError(f"attack={kind!r} is not valid: one of {', '.join(AMOUNTS)}")
+        found.append(dict(kind=kind) | check(one, (*AMOUNTS[kind], "confidence")))
+    return found
+
+
+def _models(run: Run, group: list[dict], what: str, attacked: list[dict], head_seeds: list[int] | None) -> None:
     """Train what is missing, LL models with the same layer together; then attack and tell."""
     together: dict[tuple, list[HeadSettings]] = {}
     for parameters in group if what == "models" else []:
@@ -492,9 +560,9 @@ def _models(run: Run, group: list[dict], what: str, attacked: bool, head_seeds: 
             found.append(bp_model(run, parameters["K"], parameters["w"], _bp_head(parameters), what == "bp" or parameters["bp"] == "train"))
     for record in filter(None, found):
         told = f"{record['asked']['model']} {record['id']}: accuracy {record['results']['test_accuracy']:.4f}"
-        if attacked:
-            fit = fgsm_attack(run, record, group[0]["confidence"])["results"]["fit"]
-            told += f", R {fit['R']:.5f} +- {fit['R_err']:.5f}, {fit['n']} images" if fit["status"] == "ok" else f", {fit['status']}"
+        for one in attacked:
+            fit = attack(run, record, **dict(confidence=group[0]["confidence"]) | one)["results"]["fit"]
+            told += f", {one['kind']} R {fit['R']:.5f} +- {fit['R_err']:.5f}, {fit['n']} images" if fit["status"] == "ok" else f", {one['kind']} {fit['status']}"
         print(told, flush=True)
 
 

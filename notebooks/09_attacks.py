@@ -94,7 +94,7 @@ parameters = settings.of_notebook(globals(), *dict.fromkeys(names))
 # %%
 run = pipeline.Run.of(parameters)
 records = pipeline.models_of(run, parameters)
-attacked = {kind: pipeline.fgsm_attack(run, record, parameters["confidence"]) for kind, record in records.items()}
+attacked = {kind: pipeline.attack(run, record, confidence=parameters["confidence"]) for kind, record in records.items()}
 
 # %% tags=["remove-cell"]
 # pictures are always drawn from the embedded sample, so that the page is the same with and without the full data

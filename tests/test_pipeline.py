@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 
 from khnb import attacks, learning, pipeline, robustness, training
 from khnb import data as datasets
-from khnb.pipeline import Checkpoint, Run, bp_model, conv_layer, conv_layers, fgsm_attack, ll_model, models_of, network, pick_device
+from khnb.pipeline import Checkpoint, Run, bp_model, conv_layer, conv_layers, attack, ll_model, models_of, network, pick_device
 from khnb.results import Store, record_id
 from khnb.settings import PARAMETERS, ConvSettings, HeadSettings, check, of_notebook
 
@@ -269,11 +270,14 @@ class TestCheckpoints:
         assert saved == [None, None, None, None, 40, 40, 40, 40, 80, 80]
 
 
+PGD = dict(step=0.02, radius=0.3, max_steps=12)
+
+
 class TestAttack:
     @pytest.mark.parametrize("kind", ["LL", "BP"])
     def test_radii_of_the_confident_and_correct(self, trained, kind, monkeypatch):
         run, records = trained
-        record = fgsm_attack(run, records[kind], 0.15)
+        record = attack(run, records[kind], confidence=0.15)
         model, arrays = network(records[kind], run.store), run.store.arrays(record)
         top, guess = training.predict(model, run.data.test_images).softmax(1).max(1)
         chosen = torch.nonzero((guess == run.data.test_labels) & (top >= 0.15))[:, 0]
@@ -285,25 +289,83 @@ class TestAttack:
         assert record["results"]["fit"] == robustness.fit(arrays["radii"]).dict() and record["asked"]["of"] == records[kind]["id"]
         assert record["results"]["accuracy"] == records[kind]["results"]["test_accuracy"]
         no_training(monkeypatch)
-        assert fgsm_attack(run, records[kind], 0.15) == record
+        assert attack(run, records[kind], confidence=0.15) == record
 
     def test_nobody_is_confident(self, trained):
         run, records = trained
-        record = fgsm_attack(run, records["BP"], 1.0)
+        record = attack(run, records["BP"], confidence=1.0)
         assert record["results"]["fit"]["status"] == "too-few" and record["results"]["fit"]["n"] == 0
         assert run.store.arrays(record)["radii"].shape == (0,)
 
     def test_confidence_counts(self, trained):
         run, records = trained
-        assert fgsm_attack(run, records["LL"], 0.15)["id"] != fgsm_attack(run, records["LL"], 0.2)["id"]
+        assert attack(run, records["LL"], confidence=0.15)["id"] != attack(run, records["LL"], confidence=0.2)["id"]
+
+    def test_a_higher_threshold_takes_some_of_the_images(self, trained, tmp_path, monkeypatch):
+        run, records = trained
+        shutil.copytree(run.store.root / "arrays", tmp_path / "arrays")
+        elsewhere = replace(run, store=Store(tmp_path))
+        for kind, amounts in (("fgsm", {}), ("pgd", PGD)):
+            low = attack(run, records["LL"], kind, confidence=0.1, **amounts)
+            least = float(np.median(run.store.arrays(low)["confidences"]))
+            alone = attack(elsewhere, records["LL"], kind, confidence=least, **amounts)
+            with monkeypatch.context() as patch:
+                patch.setattr(pipeline, "_attack_now", None)
+                high = attack(run, records["LL"], kind, confidence=least, **amounts)
+            assert high["derived_from"] == low["id"] and 0 < high["results"]["fit"]["n"] < low["results"]["fit"]["n"]
+            assert high["results"] == alone["results"] and high["id"] == alone["id"]
+            assert attack(run, records["LL"], kind, confidence=least, **amounts) == high
+
+    def test_pgd(self, trained):
+        run, records = trained
+        record = attack(run, records["LL"], "pgd", confidence=0.15, **PGD)
+        model, arrays = network(records["LL"], run.store), run.store.arrays(record)
+        images, labels = training.to_float(run.data.test_images[arrays["images"]]), run.data.test_labels[arrays["images"]]
+        radii, steps = attacks.pgd_radius(model, images, labels, *PGD.values())
+        np.testing.assert_allclose(arrays["radii"], radii.numpy(), rtol=0, atol=1e-6)
+        assert arrays["steps"].tolist() == steps.tolist() and (steps > 0).any() and {k: record["asked"][k] for k in PGD} == PGD
+        assert record["results"]["fit"]["n"] == record["results"]["fit_steps"]["n"] == len(radii)
+        assert record["results"]["fit_steps"]["n_survived"] == int((steps < 0).sum())
+
+    @pytest.mark.parametrize("kind", ["fgsm", "pgd"])
+    def test_goes_on_after_an_interruption(self, trained, monkeypatch, kind):
+        """Stopped at every part, each time; the record is that of a run in one go."""
+        run, records = trained
+        monkeypatch.setattr(training, "part_size", lambda *_: 1)
+        amounts, saved, stops = PGD if kind == "pgd" else {}, Checkpoint.save, 0
+        whole = attack(run, records["BP"], kind, confidence=0.0, **amounts)
+        arrays = run.store.arrays(whole)
+        run.store.path("attack", whole["id"]).unlink()
+
+        def interrupted(self, state, force=False):
+            saved(self, state, force=True)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Checkpoint, "save", interrupted)
+        again = None
+        while again is None and stops < 100:
+            try:
+                again = attack(run, records["BP"], kind, confidence=0.0, **amounts)
+            except KeyboardInterrupt:
+                stops += 1
+        assert stops == len(arrays["radii"]) > 1
+        for name, values in run.store.arrays(again).items():
+            np.testing.assert_array_equal(values, arrays[name])
+        assert again["results"] == whole["results"] and not Checkpoint(whole["id"]).path.exists()
+
+    def test_refused(self, trained):
+        run, records = trained
+        for kind, amounts, message in (("cw", {}, "attack='cw' is not valid: one of fgsm, pgd"), ("fgsm", dict(step=1), "unknown parameter 'step'"), ("pgd", dict(radius=2), "radius=2 is not valid")):
+            with pytest.raises(ValueError, match=message):
+                attack(run, records["BP"], kind, **amounts)
 
     def test_of_this_model_and_no_other(self, run, sample):
         """Same settings, same test images, but trained on other images: another model, other radii."""
         full = cut(sample, name="cifar10", skip=100)
         there = bp_model(replace(run, data=full), 3, 6, HEAD)
         here = bp_model(run, 3, 6, HEAD)
-        first = fgsm_attack(run, there, 0.0)
-        second = fgsm_attack(run, here, 0.0)
+        first = attack(run, there, confidence=0.0)
+        second = attack(run, here, confidence=0.0)
         assert (first["asked"]["of"], second["asked"]["of"]) == (there["id"], here["id"])
 
 
@@ -575,7 +637,7 @@ class TestTogether:
     def test_at_a_terminal(self, tiny, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("KHNB_RESULTS", str(tmp_path / "store"))
         monkeypatch.setattr(datasets, "load", lambda name: tiny)
-        monkeypatch.setattr(pipeline, "fgsm_attack", None)
+        monkeypatch.setattr(pipeline, "attack", None)
         given = TestModelsOf.parameters | dict(device="cpu", bp="none", attacked=False, n=[1, 2], w_pool=[5, 9])
         pipeline.main([json.dumps(given)])
         found = Store(tmp_path / "store").find("model")
@@ -588,8 +650,23 @@ class TestTogether:
         assert [one for one in made if one[0] in (7, 8)] == [(7, "float16"), (7, "float32"), (8, "float16"), (8, "float32")]
         assert len({r["layer"] for r in store.find("model", model="LL")}) == len(store.find("layer")) == 1
         assert [r["asked"]["model"] for r in Store(tmp_path / "store").find("model", model="BP")] == ["BP"]
-        with pytest.raises(ValueError, match="attacked=1 is not valid: expected true or false"):
-            pipeline.main(['{"attacked": 1}'])
+        for wrong, message in (
+            (1, "attacked=1 is not valid: expected true, false or a list of attacks"), ([3], "expected true, false or a list"),
+            ([{"attack": "cw"}], "attack='cw' is not valid: one of fgsm, pgd"), ([{"step": 0.1}], "unknown parameter 'step'"),
+            ([{"attack": "pgd", "max_steps": 0}], "max_steps=0 is not valid"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                pipeline.main([json.dumps({"attacked": wrong})])
+
+    def test_attacks_at_a_terminal(self, tiny, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("KHNB_RESULTS", str(tmp_path / "store"))
+        monkeypatch.setattr(datasets, "load", lambda name: tiny)
+        given = TestModelsOf.parameters | dict(what="bp", device="cpu", confidence=0.1)
+        pipeline.main([json.dumps(given | dict(attacked=[{"confidence": 0.2}, {"attack": "pgd", "step": 0.01, "radius": 0.1, "max_steps": 5}]))])
+        asked = {r["asked"]["attack"]: r["asked"] for r in Store(tmp_path / "store").find("attack")}
+        assert asked["fgsm"]["confidence"] == 0.2 and asked["pgd"]["confidence"] == 0.1
+        assert [asked["pgd"][name] for name in ("step", "radius", "max_steps")] == [0.01, 0.1, 5]
+        assert "fgsm too-few, pgd too-few" in capsys.readouterr().out
 
 
 class TestModelsOf:
