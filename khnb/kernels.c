@@ -1,7 +1,7 @@
 /* What plain tensor operations do slowly on a CPU. Of the KH rule: whole minibatches of it, with the activities of a few
-   patches at a time in the nearest cache, where the winner and the m-th most active neuron are found. Of the BP twin:
-   convolution and max-pooling in one pass over the image, and their gradient, which only the places that won the pooling
-   have. */
+   patches at a time in the nearest cache, where the winner and the m-th most active neuron are found. Of the network:
+   convolution, the norms of patches and max-pooling in one pass over the image, and their gradients, which only the places that won the
+   pooling have. Of classifiers: many of them on the same features. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -348,6 +348,52 @@ void khnb_conv_pool_back(const float *images, int64_t count, int64_t C, int64_t 
                         for (int64_t j = 0; j < w; j++)
                             to[(c * w + r) * w + j] += grad[k] * images[where[k] + (c * H + r) * W + j];
         }
+}
+
+static inline __attribute__((always_inline)) void
+spread(const float *weight, int64_t D, const float *grad, const int32_t *where, const float *out, const float *scale, int64_t W,
+       int64_t across, int64_t F, int64_t Q, float *patches, float *dscale)
+{
+    for (int64_t f = 0; f < F; f++, weight += D)
+        for (int64_t k = 0; k < Q; k++) {
+            float g = grad[f * Q + k];
+            if (g == 0) continue;
+            int64_t place = where[f * Q + k] / W * across + where[f * Q + k] % W;
+            if (scale) {
+                dscale[place] += g * out[f * Q + k] / scale[place];
+                g *= scale[place];
+            }
+            float *to = patches + place * D;
+            for (int64_t d = 0; d < D; d++) to[d] += g * weight[d];
+        }
+}
+
+/* The gradient of the images (count, C, H, W) and, if there is scale, of scale (count, side, across), added to dimages and dscale: of
+   the patches first, each in one piece, then of the pixels they share. weight (F, D); grad, where and out (count, F, Q).
+   scratch: side * across * D floats. */
+void khnb_conv_pool_images(const float *weight, int64_t count, int64_t C, int64_t H, int64_t W, int64_t w, const float *grad,
+                           const int32_t *where, const float *out, const float *scale, int64_t F, int64_t Q, float *dimages,
+                           float *dscale, float *scratch)
+{
+    int64_t D = C * w * w, side = H - w + 1, across = W - w + 1;
+    for (int64_t n = 0; n < count; n++, grad += F * Q, where += F * Q, out += F * Q, dimages += C * H * W) {
+        memset(scratch, 0, sizeof(float) * side * across * D);
+        switch (D) { /* colour and the usual widths, unrolled */
+        case 48: spread(weight, 48, grad, where, out, scale, W, across, F, Q, scratch, dscale); break;
+        case 192: spread(weight, 192, grad, where, out, scale, W, across, F, Q, scratch, dscale); break;
+        case 432: spread(weight, 432, grad, where, out, scale, W, across, F, Q, scratch, dscale); break;
+        default: spread(weight, D, grad, where, out, scale, W, across, F, Q, scratch, dscale);
+        }
+        const float *from = scratch;
+        for (int64_t y = 0; y < side; y++)
+            for (int64_t x = 0; x < across; x++)
+                for (int64_t c = 0; c < C; c++)
+                    for (int64_t r = 0; r < w; r++, from += w) {
+                        float *to = dimages + (c * H + y + r) * W + x;
+                        for (int64_t j = 0; j < w; j++) to[j] += from[j];
+                    }
+        if (scale) scale += side * across, dscale += side * across;
+    }
 }
 
 #define IMAGES 64 /* images of a classifier's minibatch done together */

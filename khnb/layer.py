@@ -50,10 +50,15 @@ class KHConv2d(nn.Module):
         """Width of a filter, in pixels."""
         return self.weight.shape[-1]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """A plain kernel (F, C, w, w), and the norms (B, 1, H-w+1, W-w+1) by which the activities it gives are to be divided."""
         _, channels, w, _ = self.weight.shape
         if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < w:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; expected (batch, {channels}, height >= {w}, width >= {w})"
             )
-        return F.conv2d(images, synapses(self.weight, self.p)) / patches.norms(images, w, self.p)
+        return synapses(self.weight, self.p), patches.norms(images, w, self.p)
+
+    def forward(self, images: Tensor) -> Tensor:
+        kernel, norms = self.parts(images)
+        return F.conv2d(images, kernel) / norms

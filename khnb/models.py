@@ -75,11 +75,13 @@ class Network(nn.Module):
         if self.head.pooling == "last":
             activity = activate(self.conv(images), self.head.sigma, self.head.n)
             return F.max_pool2d(activity, self.head.w_pool, self.head.s_pool)
-        if self.training and type(self.conv) is nn.Conv2d:
-            pooled = native.conv_pool(images, self.conv.weight, self.conv.bias, self.head.w_pool, self.head.s_pool)
-            if pooled is not None:
-                return pooled
-        return F.max_pool2d(self.conv(images), self.head.w_pool, self.head.s_pool)
+        pool = self.head.w_pool, self.head.s_pool
+        if not native.convolves(images, self.conv.weight):
+            return F.max_pool2d(self.conv(images), *pool)
+        if isinstance(self.conv, KHConv2d):
+            kernel, norms = self.conv.parts(images)
+            return native.conv_pool(images, kernel, None, *pool, scale=1 / norms)
+        return native.conv_pool(images, self.conv.weight, self.conv.bias, *pool)
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Logits (B, classes) from what :meth:`pool` gives, (B, F, P, P) or flattened."""

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SOURCE = Path(__file__).with_name("kernels.c")
 BLOCK = 112  # filters of the fused convolution done together
@@ -67,8 +68,9 @@ def _library():
     library.khnb_learn.restype = number
     library.khnb_conv_pool.argtypes = [place] + [number] * 5 + [place] * 3 + [number] * 3 + [place, number] + [place] * 3
     library.khnb_conv_pool_back.argtypes = [place] + [number] * 5 + [place] * 2 + [number] * 2 + [place] * 2
+    library.khnb_conv_pool_images.argtypes = [place] + [number] * 5 + [place] * 4 + [number] * 2 + [place] * 3
     library.khnb_heads.argtypes = [place] * 2 + [number] * 3 + [ctypes.c_float] + [number] * 2 + [place] * 7
-    for name in ("sizes", "gather", "scales", "conv_pool", "conv_pool_back", "heads"):
+    for name in ("sizes", "gather", "scales", "conv_pool", "conv_pool_back", "conv_pool_images", "heads"):
         getattr(library, f"khnb_{name}").restype = None
     return library
 
@@ -180,52 +182,65 @@ def _conv_pool(images, weight, bias, scale, pools, places: bool):
 
 class _ConvPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, images, weight, bias, w_pool, s_pool):
-        (out,), where = _conv_pool(images, weight, bias, None, [(w_pool, s_pool)], True)
-        ctx.save_for_backward(images, where)
-        ctx.shape = weight.shape
+    def forward(ctx, images, weight, bias, scale, w_pool, s_pool):
+        (out,), where = _conv_pool(images, weight, bias, scale, [(w_pool, s_pool)], any(ctx.needs_input_grad))
+        ctx.save_for_backward(images, weight, scale, where, out)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        (images, where), grad = ctx.saved_tensors, grad.contiguous()
+        (images, weight, scale, where, out), grad = ctx.saved_tensors, grad.contiguous()
         count, channels, height, width = images.shape
-        filters, w = ctx.shape[0], ctx.shape[-1]
+        filters, w = len(weight), weight.shape[-1]
+        of_images, of_weight, of_bias, of_scale, *_ = ctx.needs_input_grad
+        if scale is not None and (of_weight or of_bias):
+            raise NotImplementedError("the gradient of filters is not served where activities are scaled")
+        found = torch.zeros_like(images) if of_images else None
+        slope = torch.zeros_like(scale) if of_scale or of_images and scale is not None else None
 
         def work(start, stop):
-            weight, bias = torch.zeros(ctx.shape), torch.zeros(filters)
+            if of_images or of_scale:
+                scratch = torch.empty((height - w + 1) * (width - w + 1) * channels * w * w)
+                _library().khnb_conv_pool_images(
+                    weight.data_ptr(), stop - start, channels, height, width, w, grad[start:].data_ptr(), where[start:].data_ptr(),
+                    out[start:].data_ptr(), None if scale is None else scale[start:].data_ptr(), filters, where[0, 0].numel(),
+                    found[start:].data_ptr(), None if slope is None else slope[start:].data_ptr(), scratch.data_ptr(),
+                )
+            if not of_weight and not of_bias:
+                return None
+            dweight, dbias = torch.zeros(weight.shape), torch.zeros(filters)
             _library().khnb_conv_pool_back(
                 images[start:].data_ptr(), stop - start, channels, height, width, w, grad[start:].data_ptr(), where[start:].data_ptr(),
-                filters, where[0, 0].numel(), weight.data_ptr(), bias.data_ptr(),
+                filters, where[0, 0].numel(), dweight.data_ptr(), dbias.data_ptr(),
             )
-            return weight, bias
+            return dweight, dbias
 
         parts = _in_parts(count, work)
-        return None, sum(p[0] for p in parts), sum(p[1] for p in parts), None, None
+        dweight, dbias = (sum(p[0] for p in parts), sum(p[1] for p in parts)) if of_weight or of_bias else (None, None)
+        return found, dweight, dbias, slope, None, None
 
 
-def _convolves(images: Tensor, *others: Tensor) -> bool:
-    fits = min(images.shape[2:]) - others[0].shape[-1] + 1 >= 6 and len(images) > 0
-    plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in (images, *others))
-    return fits and plain and not images.requires_grad and _library() is not None
+def convolves(images: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`conv_pool` serves these images (B, C, H, W) and filters (F, C, w, w): float32 on the CPU, at least 6 positions either way."""
+    plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in (images, weight))
+    fits = images.ndim == 4 and len(images) > 0 and images.shape[1] == weight.shape[1] and min(images.shape[2:]) - weight.shape[-1] + 1 >= 6
+    return plain and fits and _library() is not None
 
 
-def conv_pool(images: Tensor, weight: Tensor, bias: Tensor, w_pool: int, s_pool: int) -> Tensor | None:
-    """max_pool2d(conv2d(images, weight, bias), w_pool, s_pool), differentiable in weight and bias; ``None`` where not served.
+def conv_pool(images: Tensor, weight: Tensor, bias: Tensor | None, w_pool: int, s_pool: int, scale: Tensor | None = None) -> Tensor:
+    """max_pool2d(conv2d(images, weight, bias) * scale, w_pool, s_pool), differentiable once, for what :func:`convolves` allows.
 
-    Served: float32 on the CPU, images that need no gradient, a convolution at least 6 positions wide and high.
+    scale : (B, 1, H-w+1, W-w+1), or ``None`` for 1; with it, weight and bias have no gradient.
     """
-    if not _convolves(images, weight, bias):
-        return None
-    return _ConvPool.apply(images.contiguous(), weight, bias, w_pool, s_pool)
+    return _ConvPool.apply(images.contiguous(), weight.contiguous(), bias, None if scale is None else scale.contiguous(), w_pool, s_pool)
 
 
 def conv_pools(images: Tensor, weight: Tensor, scale: Tensor, pools: list[tuple[int, int]]) -> list[Tensor] | None:
-    """max_pool2d(conv2d(images, weight) * scale, w_pool, s_pool) for each (w_pool, s_pool); ``None`` where not served.
-
-    scale : (B, 1, H-w+1, W-w+1). Served: as :func:`conv_pool`. No gradients.
+    """max_pool2d(conv2d(images, weight) * scale, w_pool, s_pool) for each (w_pool, s_pool), without gradients; ``None`` where
+    :func:`convolves` says no. scale : (B, 1, H-w+1, W-w+1).
     """
-    if not _convolves(images, weight, scale):
+    if not convolves(images, weight):
         return None
     return _conv_pool(images.contiguous(), weight, None, scale.contiguous(), pools, False)[0]
 

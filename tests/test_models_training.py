@@ -117,21 +117,36 @@ class TestArchitecture:
 
     @pytest.mark.parametrize("channels, side, w, w_pool", [(1, 28, 4, 5), (3, 32, 4, 5), (3, 32, 8, 1), (1, 28, 12, 9), (3, 32, 12, 9), (3, 32, 5, 3)])
     @pytest.mark.parametrize("threads", [1, 3])
-    def test_the_fused_path_of_training_is_the_plain_one(self, channels, side, w, w_pool, threads, monkeypatch, request):
+    @pytest.mark.parametrize("p", [None, 2, 5])
+    def test_the_fused_path_is_the_plain_one(self, channels, side, w, w_pool, threads, p, monkeypatch, request):
+        """Logits, and gradients of images and of whatever is trained: of BP (p is None) and LL models, images with a black corner included."""
         request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
         torch.set_num_threads(threads)
-        images = torch.rand((5, channels, side, side), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand((5, channels, side, side), generator=generator)
+        images[2, :, : side // 2, : side // 2] = 0  # patches without a norm, and poolings won by the first of many equals
         labels = torch.tensor([0, 1, 2, 3, 4])
-        found = []
+        head, found = HeadSettings(sigma="elu", n=2, w_pool=w_pool), []
+        filters = torch.rand((25, channels, w, w), generator=generator) - 0.3
         for served in (True, False):
             if not served:
-                monkeypatch.setattr(native, "conv_pool", lambda *given: None)
-            model = bp_network(5, w, HeadSettings(sigma="elu", n=2, w_pool=w_pool), channels, side, 10).train()
-            logits = model(images)
+                monkeypatch.setattr(native, "convolves", lambda *given: False)
+            model = bp_network(5, w, head, channels, side, 10) if p is None else ll_network(filters, p, head, side, 10)
+            x = images.clone().requires_grad_()
+            assert native.convolves(x, model.conv.weight) == served
+            logits = model(x)
             F.cross_entropy(logits, labels).backward()
-            found.append([logits.detach()] + [parameter.grad for parameter in model.parameters()])
-        for fused, plain in zip(*found):
-            torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-4)
+            trained = [each.grad for each in model.parameters()]
+            with torch.no_grad():
+                found.append([logits.detach(), model(images), x.grad, *trained])
+        for fused, plain in zip(*found, strict=True):
+            torch.testing.assert_close(fused, plain, atol=1e-5 * max(1, plain.abs().max().item()), rtol=1e-4)
+
+    def test_the_fused_path_gives_one_derivative_and_no_more(self, sample):
+        model, x = bp_network(3, 4, HEAD, 3, 32, 10), to_float(sample.test_images[:2]).requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            slope.sum().backward()
 
     @pytest.mark.parametrize(("sigma", "n"), [(sigma, n) for sigma in ("relu", "elu", "gelu") for n in (1, 2, 4, 6, 8, 10, 12, 16)] + [("rexp", 1)])
     def test_steep_powers_are_safe(self, sample, sigma, n):
