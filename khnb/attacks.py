@@ -52,12 +52,18 @@ def _check(model: nn.Module, images: Tensor, labels: Tensor, norm: str = "linf",
         raise ValueError("the model gives probabilities; attacks need logits (leave the softmax out)")
 
 
-def gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Gradient of each image's cross-entropy with respect to that image: (B, C, H, W), dtype of the images."""
+def _look(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which images are classified right (B,), and the gradient, with one pass through the model."""
     x = images.detach().requires_grad_()
     with torch.enable_grad():
-        loss = F.cross_entropy(_logits(model, x), labels, reduction="sum")  # summed: no image sees another
-        return torch.autograd.grad(loss, x)[0]
+        logits = _logits(model, x)
+        loss = F.cross_entropy(logits, labels, reduction="sum")  # summed: no image sees another
+        return logits.detach().argmax(1) == labels, torch.autograd.grad(loss, x)[0]
+
+
+def gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of each image's cross-entropy with respect to that image: (B, C, H, W), dtype of the images."""
+    return _look(model, images, labels)[1]
 
 
 def _lengths(x: Tensor, norm: str) -> Tensor:
@@ -65,9 +71,8 @@ def _lengths(x: Tensor, norm: str) -> Tensor:
     return x.abs().amax((1, 2, 3), True) if norm == "linf" else x.square().sum((1, 2, 3), True).sqrt()
 
 
-def _ascent(model: nn.Module, images: Tensor, labels: Tensor, norm: str) -> Tensor:
-    """The step of length 1 along which the loss rises fastest; 0 where its gradient is 0."""
-    found = gradient(model, images, labels)
+def _ascent(found: Tensor, norm: str) -> Tensor:
+    """The step of length 1 along which the loss with this gradient rises fastest; 0 where the gradient is 0."""
     if norm == "linf":
         return found.sign()
     least = torch.finfo(found.dtype).tiny
@@ -108,7 +113,7 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon, norm: str = 
     _check(model, images, labels, norm)
     if len(images) == 0:
         return images.clone()
-    return _move(images, _ascent(model, images, labels, norm), epsilon, clip)
+    return _move(images, _ascent(gradient(model, images, labels), norm), epsilon, clip)
 
 
 def _iterate(model, images, labels, step, radius, max_steps, stop_when_fooled, start, norm, clip):
@@ -116,16 +121,18 @@ def _iterate(model, images, labels, step, radius, max_steps, stop_when_fooled, s
     x = start.clone()
     steps = torch.full((len(images),), -1, dtype=torch.int64, device=images.device)
     active = torch.arange(len(images), device=images.device)
-    for i in range(int(max_steps) + 1):
-        wrong = ~_right(model, x[active], labels[active])
-        first = active[wrong]
+    for i in range(int(max_steps)):
+        right, found = _look(model, x[active], labels[active])
+        first = active[~right]
         steps[first] = torch.where(steps[first] < 0, i, steps[first])
         if stop_when_fooled:
-            active = active[~wrong]
-        if i == max_steps or len(active) == 0:
-            return x, steps
-        moved = x[active] + step * _ascent(model, x[active], labels[active], norm)
-        x[active] = _project(moved, images[active], radius, norm, clip)
+            active, found = active[right], found[right]
+            if len(active) == 0:
+                return x, steps
+        x[active] = _project(x[active] + step * _ascent(found, norm), images[active], radius, norm, clip)
+    last = active[~_right(model, x[active], labels[active])]
+    steps[last] = torch.where(steps[last] < 0, int(max_steps), steps[last])
+    return x, steps
 
 
 def _somewhere(images: Tensor, radius: float, norm: str, clip: bool) -> Tensor:
@@ -207,11 +214,8 @@ def fgsm_radius(
         return out
     grain = max(1, round(scan / tol))
     last = int(eps_max / tol + 0.5)
-    active = torch.nonzero(_right(model, images, labels))[:, 0]
-    if len(active) == 0:
-        return out
-    direction = torch.zeros_like(images)
-    direction[active] = _ascent(model, images[active], labels[active], norm)
+    right, found = _look(model, images, labels)
+    active, direction = torch.nonzero(right)[:, 0], _ascent(found, norm)
     wrong_at = torch.full((len(images),), -1, dtype=torch.int64, device=images.device)
     right_at = torch.zeros_like(wrong_at)
     at = 0
