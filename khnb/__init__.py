@@ -12,6 +12,7 @@ Data flows one way, and a module imports only from modules above it in this list
 :mod:`khnb.training`    end-to-end training of the BP twin; predictions
 :mod:`khnb.heads`       classifiers on one KH layer, trained together on shared features
 :mod:`khnb.attacks`     FGSM, IFGSM, PGD; adversarial radius per image (eqs. 7.3-7.5)
+:mod:`khnb.audit`       robust, or a gradient that leads nowhere?
 :mod:`khnb.robustness`  the logistic curve, its fitter, R with its error (eqs. 7.6-7.7)
 :mod:`khnb.results`     the store: one record per trained or attacked model
 :mod:`khnb.pipeline`    from settings to records: use what the store holds, compute the rest

@@ -22,11 +22,12 @@ import torch
 from tqdm.auto import tqdm
 
 from khnb import attacks, learning, models, robustness, training
+from khnb import audit as auditing
 from khnb import data as datasets
 from khnb.data import Dataset
 from khnb.heads import Head, logits, train_heads
 from khnb.native import cache_dir
-from khnb.results import Store, atomic_write, record_id
+from khnb.results import Rows, Store, atomic_write, record_id
 from khnb.settings import DTYPES, PARAMETERS, ConvSettings, HeadSettings, check, check_geometry
 
 SNAPSHOTS = (0, 1, 2, 4, 8, 15, 30)  # epochs
@@ -91,7 +92,8 @@ class Checkpoint:
 class Run:
     """What a computation works with: images, store, device, and whom to tell what it does.
 
-    ``evidence``: where the images are not the full CIFAR-10, a record made on the full set is taken as well.
+    ``evidence``: where the images are not the full CIFAR-10, a record made on the full set is taken as well. ``bare``: a model whose weights
+    were not kept counts as found; else it is trained again.
     """
 
     data: Dataset
@@ -99,6 +101,7 @@ class Run:
     device: str = "auto"
     note: Callable[[str], None] = print
     evidence: bool = False
+    bare: bool = False
 
     @classmethod
     def of(cls, parameters: dict, **more) -> Run:
@@ -110,6 +113,9 @@ class Run:
         record = self.store.get(kind, asked, self.data)
         if record is None and self.evidence:
             record = next((r for r in self.store.full(kind, **asked) if r["asked"] == asked), None)
+        if record and kind == "model" and record["arrays"].get("dropped") and not self.bare:
+            self.note(f"{what}: record {record['id']} was kept without its weights.")
+            return None
         if record:
             origin = {"cifar10": "full CIFAR-10"}.get(record["data"]["name"], record["data"]["name"])
             self.note(f"{what}: record {record['id']} from the store, computed on {origin}, {record['started'][:10]}.")
@@ -381,6 +387,8 @@ def network(record: dict, store: Store | None = None, side: int = 32) -> models.
     store = store or Store()
     arrays = {name: torch.from_numpy(value) for name, value in store.arrays(record).items()}
     asked, head = record["asked"], HeadSettings.of(record["asked"])
+    if dropped := record["arrays"].get("dropped"):
+        raise ValueError(f"model record {record['id']} is kept without {', '.join(dropped)}; delete {store.path('model', record['id'])} to train it again")
     classes = len(arrays["linear_bias"])
     if asked["model"] == "LL":
         model = models.ll_network(arrays["conv_weight"], asked["p"], head, side, classes)
@@ -407,7 +415,8 @@ def attack(run: Run, model_record: dict, kind: str = "fgsm", confidence: float =
     confidence : the least softmax output of an attacked image (C in section 7.2).
     amounts : defaults are those of :data:`khnb.settings.PARAMETERS`.
 
-    Arrays: ``radii``; ``images``, their numbers in the test set; ``confidences``; of pgd ``steps``. ``ValueError`` for another kind or amount.
+    Where some images are never fooled, ``results.fit_kept`` is the fit that keeps them, see :func:`khnb.robustness.fit`. Arrays: ``radii``;
+    ``images``, their numbers in the test set; ``confidences``; of pgd ``steps``. ``ValueError`` for another kind or amount.
     """
     if kind not in AMOUNTS:
         raise ValueError(f"attack={kind!r} is not valid: one of {', '.join(AMOUNTS)}")
@@ -423,19 +432,20 @@ def attack(run: Run, model_record: dict, kind: str = "fgsm", confidence: float =
     here = dict(name=run.data.name, **run.data.sha256)
     wider = [r for r in others if r["asked"]["confidence"] < confidence and "confidences" in r["arrays"]["names"] and r["data"] == here]
     if wider:
-        arrays, more = run.store.arrays(wider[0]), dict(derived_from=wider[0]["id"])
-        some = arrays["confidences"] >= amounts["confidence"]
-        arrays = {name: values[some] for name, values in arrays.items()}
-        run.note(f"{name}: {some.sum()} of the {len(some)} images of record {wider[0]['id']}.")
+        kept = Rows(wider[0], "confidences", amounts["confidence"])
+        arrays, more = run.store.rows(kept), dict(derived_from=wider[0]["id"])
+        run.note(f"{name}: {len(arrays['radii'])} of the {wider[0]['results']['fit']['n']} images of record {wider[0]['id']}.")
     else:
         checkpoint = Checkpoint(record_id("attack", asked, run.data.sha256))
-        arrays = _attack_now(run, model_record, kind, amounts, device, checkpoint)
+        kept = arrays = _attack_now(run, model_record, kind, amounts, device, checkpoint)
     results = dict(fit=robustness.fit(arrays["radii"]).dict(), accuracy=model_record["results"]["test_accuracy"])
+    if results["fit"]["n_survived"]:
+        results["fit_kept"] = robustness.fit(arrays["radii"], survivors="kept").dict()
     if kind == "pgd":
         steps = np.where(arrays["steps"] < 0, np.inf, arrays["steps"])
         results["fit_steps"] = robustness.fit(steps).dict()
     spent = float(arrays.pop("seconds", 0.0)) or time.perf_counter() - started
-    record = run.store.put("attack", asked, run.data, results=results, arrays=arrays, wall_s=spent, device=device, **more)
+    record = run.store.put("attack", asked, run.data, results=results, arrays=kept, wall_s=spent, device=device, **more)
     if not wider:
         checkpoint.clear()
     return record
@@ -469,6 +479,29 @@ def _attack_now(run: Run, model_record: dict, kind: str, amounts: dict, device, 
     return arrays
 
 
+def audit(run: Run, attack_record: dict, model_record: dict, images: int = 500) -> dict:
+    """Record of an audit (:func:`khnb.audit.audit`) of a model at the strength of its R, on the first images of an attack on it.
+
+    attack_record, model_record : of :func:`attack` and the model it attacked; images : how many at most. ``results`` are the shares of
+    the audit, ``images``, ``epsilon`` and, in words, ``verdict``. ``ValueError`` where the attack has no R.
+    """
+    fit = attack_record["results"]["fit"]
+    if fit["status"] != "ok":
+        raise ValueError(f"attack record {attack_record['id']} has no R ({fit['status']}): nothing says at which strength to audit")
+    asked = dict(attack_record["asked"], audited=attack_record["id"], images=images)
+    record = run.find("audit", asked, f"audit of the {asked['model']} model")
+    if record:
+        return record
+    started, device = time.perf_counter(), pick_device(run.device)
+    chosen = torch.from_numpy(run.store.arrays(attack_record)["images"][:images]).long()
+    model = network(model_record, run.store, run.shape[1]).to(device)
+    run.note(f"audit of the {asked['model']} model: several attacks at {fit['R']:.4f} on {len(chosen)} images.")
+    x, y = training.to_float(run.data.test_images[chosen]).to(device), run.data.test_labels[chosen].to(device)
+    results = auditing.audit(model, x, y, fit["R"])
+    results |= dict(verdict=auditing.verdict(results, len(chosen)), images=len(chosen), epsilon=fit["R"])
+    return run.store.put("audit", asked, run.data, results=results, arrays={}, wall_s=time.perf_counter() - started, device=device)
+
+
 def expand(given: dict) -> list[dict]:
     """One dictionary for each combination of the values that are given as lists, for each of the dictionaries under ``"each"``."""
     found = []
@@ -488,7 +521,8 @@ def main(words: list[str]) -> None:
     ``"seeds"`` and ``"until"``, see :func:`collapse_probes`). Layers and probes of one object are trained in lockstep, LL models with the
     same KH layer together; ``"head_seeds"`` is a list of the seeds of their classifiers, where these are not to be ``"seed"``. Models are
     attacked as well, with FGSM: ``"attacked"`` is ``false`` for not at all, or a list of attacks, objects with ``"attack"``, ``"confidence"``
-    and amounts as :func:`attack` takes them. ``ValueError`` before anything runs where something is wrong.
+    and amounts as :func:`attack` takes them; with ``"audited": true`` they are audited at the R of the first (:func:`audit`), and with
+    ``"weights": false`` their weights are not kept. ``ValueError`` before anything runs where something is wrong.
     """
     asked = []
     for word in words:
@@ -504,8 +538,10 @@ def main(words: list[str]) -> None:
         what, seeds, until = given.pop("what", "models"), given.pop("seeds", 5), given.pop("until", 1)
         snapshots, stop = given.pop("snapshots", list(SNAPSHOTS)), given.pop("stop_collapsed", False)
         attacked, head_seeds = given.pop("attacked", True), given.pop("head_seeds", None)
-        if not isinstance(stop, bool):
-            raise ValueError(f"stop_collapsed={stop!r} is not valid: expected true or false")
+        audited, weights = given.pop("audited", False), given.pop("weights", True)
+        for name, value in (("stop_collapsed", stop), ("audited", audited), ("weights", weights)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} is not valid: expected true or false")
         attacked = _attacks(attacked)
         lists = dict(snapshots=(snapshots, 0), head_seeds=([0] if head_seeds is None else head_seeds, 0))
         for name, (numbers, least) in (dict(seeds=([seeds], 1), until=([until], 1)) | lists).items():
@@ -515,13 +551,13 @@ def main(words: list[str]) -> None:
                 raise ValueError(f"{name}={value!r} is not valid: expected {'a list of ' if name in lists else ''}{wanted}")
         if what not in ("models", "bp", "layers", "probes"):
             raise ValueError(f"what={what!r} is not valid: one of models, bp, layers, probes")
-        jobs.append((what, [defaults | check(one) for one in expand(given)], seeds, until, snapshots, stop, attacked, head_seeds))
+        jobs.append((what, [defaults | check(one) for one in expand(given)], seeds, until, snapshots, stop, (attacked, audited, weights), head_seeds))
         for parameters in jobs[-1][1]:
             ConvSettings.of(parameters), HeadSettings.of(parameters), _bp_head(parameters)
-    for what, group, seeds, until, snapshots, stop, attacked, head_seeds in jobs:
-        run = Run.of(group[0])
+    for what, group, seeds, until, snapshots, stop, after, head_seeds in jobs:
+        run = Run.of(group[0], bare=True)
         if what in ("models", "bp"):
-            _models(run, group, what, attacked, head_seeds)
+            _models(run, group, what, head_seeds, *after)
             continue
         convs = [ConvSettings.of(parameters) for parameters in group]
         records = conv_layers(run, convs, snapshots, stop) if what == "layers" else collapse_probes(run, convs, seeds, until)
@@ -547,8 +583,8 @@ def _attacks(given) -> list[dict]:
     return found
 
 
-def _models(run: Run, group: list[dict], what: str, attacked: list[dict], head_seeds: list[int] | None) -> None:
-    """Train what is missing, LL models with the same layer together; then attack and tell."""
+def _models(run: Run, group: list[dict], what: str, head_seeds: list[int] | None, attacked: list[dict], audited: bool, weights: bool) -> None:
+    """Train what is missing, LL models with the same layer together; then attack, audit at the R of the first attack, and tell."""
     together: dict[tuple, list[HeadSettings]] = {}
     for parameters in group if what == "models" else []:
         head = HeadSettings.of(parameters)
@@ -560,9 +596,13 @@ def _models(run: Run, group: list[dict], what: str, attacked: list[dict], head_s
             found.append(bp_model(run, parameters["K"], parameters["w"], _bp_head(parameters), what == "bp" or parameters["bp"] == "train"))
     for record in filter(None, found):
         told = f"{record['asked']['model']} {record['id']}: accuracy {record['results']['test_accuracy']:.4f}"
-        for one in attacked:
-            fit = attack(run, record, **dict(confidence=group[0]["confidence"]) | one)["results"]["fit"]
+        made = [attack(run, record, **dict(confidence=group[0]["confidence"]) | one) for one in attacked]
+        for one, fit in zip(attacked, (each["results"]["fit"] for each in made), strict=True):
             told += f", {one['kind']} R {fit['R']:.5f} +- {fit['R_err']:.5f}, {fit['n']} images" if fit["status"] == "ok" else f", {one['kind']} {fit['status']}"
+        if audited and made and made[0]["results"]["fit"]["status"] == "ok":
+            told += f", {audit(run, made[0], record)['results']['verdict']}"
+        if not weights:
+            run.store.drop(record, "conv_weight", "linear_weight")
         print(told, flush=True)
 
 

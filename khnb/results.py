@@ -15,10 +15,12 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
 import warnings
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -28,8 +30,8 @@ import torch
 import khnb
 from khnb.settings import LATER, PARAMETERS
 
-KINDS = ("layer", "probe", "model", "attack", "timing")
-COMPUTING = ("settings", "patches", "layer", "native", "learning", "models", "training", "attacks", "robustness")
+KINDS = ("layer", "probe", "model", "attack", "audit", "timing")
+COMPUTING = ("settings", "patches", "layer", "native", "learning", "models", "heads", "training", "attacks", "audit", "robustness")
 LIBRARIES = ("torch", "numpy", "scipy")
 
 
@@ -125,25 +127,55 @@ class Store:
         """Where the record lies, or would."""
         return self.root / "records" / kind / f"{id}.json"
 
-    def put(self, kind: str, asked: dict, data, results: dict, arrays: dict, wall_s: float, device="cpu", **more) -> dict:
+    def put(self, kind: str, asked: dict, data, results: dict, arrays: dict | Rows, wall_s: float, device="cpu", **more) -> dict:
         """Write one record and return it.
 
         ``asked`` holds every hyperparameter, ``data`` is a :class:`khnb.data.Dataset`, ``results`` plain numbers,
-        ``arrays`` name -> array, ``wall_s`` seconds. ``more`` goes into the record as it is. ``ValueError`` for another
-        kind, or for a number that is not finite (say ``None``).
+        ``arrays`` name -> array, or some :class:`Rows` of another record's, ``wall_s`` seconds. ``more`` goes into the record as it is.
+        ``ValueError`` for another kind, or for a number that is not finite (say ``None``).
         """
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is not valid: one of {', '.join(KINDS)}")
-        id, content = record_id(kind, asked, data.sha256), pack(arrays)
+        id, content = record_id(kind, asked, data.sha256), None
+        if isinstance(arrays, Rows):
+            kept = arrays.record["arrays"] | dict(file=_file(arrays.record), least={arrays.name: arrays.least})
+        else:
+            content = pack(arrays)
+            kept = dict(names=sorted(arrays), sha256=hashlib.sha256(content).hexdigest())
         record = dict(
             id=id, kind=kind, asked=asked, data=dict(name=data.name, **data.sha256), **provenance(device),
             started=datetime.now(timezone.utc).isoformat(timespec="seconds"), wall_s=round(wall_s, 1),
-            command=" ".join(sys.argv[:1]), results=results, **more,
-            arrays=dict(names=sorted(arrays), sha256=hashlib.sha256(content).hexdigest()),
+            command=" ".join(sys.argv[:1]), results=results, **more, arrays=kept,
         )
         text = json.dumps(record, indent=1, allow_nan=False)
-        atomic_write(self.root / "arrays" / f"{id}.npz", content)
+        if content is not None:
+            atomic_write(self.root / "arrays" / f"{id}.npz", content)
         atomic_write(self.path(kind, id), text.encode())
+        (self.root / "arrays" / f"{id}-kept.npz").unlink(missing_ok=True)  # of a record that stood here before, see drop
+        return record
+
+    def rows(self, rows: Rows) -> dict[str, np.ndarray]:
+        """The arrays that a record of these :class:`Rows` has."""
+        return _cut(self.arrays(rows.record), {rows.name: rows.least})
+
+    def drop(self, record: dict, *names: str) -> dict:
+        """Keep a record without some of its arrays, such as weights that are too large to publish with every model; return it.
+
+        It says what was dropped, with the SHA-256 of each array's bytes, so that one computed again can be compared. Whoever reads meanwhile,
+        or a crash, finds the record as it was or as it becomes.
+        """
+        arrays = self.arrays(record)
+        gone = {name: hashlib.sha256(np.ascontiguousarray(arrays.pop(name)).tobytes()).hexdigest() for name in names if name in arrays}
+        if not gone:
+            return record
+        content, before = pack(arrays), self.root / "arrays" / _file(record)
+        gone |= record["arrays"].get("dropped", {})
+        kept = dict(file=f"{record['id']}-kept.npz", names=sorted(arrays), sha256=hashlib.sha256(content).hexdigest(), dropped=gone)
+        record = record | dict(arrays=kept)
+        atomic_write(self.root / "arrays" / kept["file"], content)
+        atomic_write(self.path(record["kind"], record["id"]), json.dumps(record, indent=1, allow_nan=False).encode())
+        if before.name != kept["file"]:
+            before.unlink(missing_ok=True)
         return record
 
     def _read(self, path: Path) -> dict | None:
@@ -185,7 +217,7 @@ class Store:
 
     def arrays(self, record: dict) -> dict[str, np.ndarray]:
         """The arrays of a record. ``ValueError`` naming the file where they are missing or not what was stored."""
-        path = self.root / "arrays" / f"{record['id']}.npz"
+        path = self.root / "arrays" / _file(record)
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -197,12 +229,36 @@ class Store:
                 found = {name: file[name] for name in file.files}
             if not all(isinstance(value, np.ndarray) for value in found.values()):
                 raise ValueError("not all of it is arrays")
-            return found
+            return _cut(found, record["arrays"].get("least", {}))
         except Exception as error:  # numpy and zipfile raise a dozen kinds on bytes that are no npz
             raise ValueError(f"arrays {path} are no npz of numbers ({error}); delete the record to compute it again") from error
 
 
 _MISSING = object()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Those rows of a record's arrays in which the array ``name`` is at least ``least``: a record of its own that repeats no number."""
+
+    record: dict
+    name: str
+    least: float
+
+
+def _cut(arrays: dict, least: dict) -> dict:
+    for name, value in least.items():
+        some = arrays[name] >= value
+        arrays = {name: values[some] for name, values in arrays.items()}
+    return arrays
+
+
+def _file(record: dict) -> str:
+    """The name of the file with a record's arrays: its own id, unless it says otherwise. ``ValueError`` for what leads elsewhere."""
+    name = record["arrays"].get("file", f"{record['id']}.npz")
+    if not isinstance(name, str) or not re.fullmatch(r"[0-9a-f]{16}(-kept)?\.npz", name):
+        raise ValueError(f"{record['kind']} record {record['id']} names {name!r} as the file of its arrays, which is no name of one")
+    return name
 
 
 def _refuse(constant: str):

@@ -1,5 +1,6 @@
 """From settings to records and back to networks, on 60 real images."""
 
+import hashlib
 import inspect
 import json
 import os
@@ -312,6 +313,9 @@ class TestAttack:
             with monkeypatch.context() as patch:
                 patch.setattr(pipeline, "_attack_now", None)
                 high = attack(run, records["LL"], kind, confidence=least, **amounts)
+            assert not (run.store.root / "arrays" / f"{high['id']}.npz").exists()
+            for name, values in elsewhere.store.arrays(alone).items():
+                np.testing.assert_array_equal(run.store.arrays(high)[name], values)
             assert high["derived_from"] == low["id"] and 0 < high["results"]["fit"]["n"] < low["results"]["fit"]["n"]
             assert high["results"] == alone["results"] and high["id"] == alone["id"]
             assert attack(run, records["LL"], kind, confidence=least, **amounts) == high
@@ -352,6 +356,15 @@ class TestAttack:
         for name, values in run.store.arrays(again).items():
             np.testing.assert_array_equal(values, arrays[name])
         assert again["results"] == whole["results"] and not Checkpoint(whole["id"]).path.exists()
+
+    def test_survivors_are_fitted_as_well(self, trained, monkeypatch):
+        """Of 40 invented radii ten are never fooled: the record has both fits, the thesis's without them and the one with them."""
+        run, records = trained
+        radii = np.where(np.arange(40) % 4, np.linspace(0.01, 0.03, 40) ** 1.1, np.inf)
+        monkeypatch.setattr(pipeline, "_attack_now", lambda *_: dict(radii=radii, confidences=np.ones(40), images=np.arange(40)))
+        found = attack(run, records["BP"], confidence=0.99, eps_max=0.77)["results"]
+        assert found["fit"] == robustness.fit(radii).dict() and found["fit_kept"] == robustness.fit(radii, survivors="kept").dict()
+        assert found["fit"]["n_survived"] == 10 and found["fit_kept"] != found["fit"]
 
     def test_refused(self, trained):
         run, records = trained
@@ -669,6 +682,57 @@ class TestTogether:
         assert "fgsm too-few, pgd too-few" in capsys.readouterr().out
 
 
+class TestAudit:
+    def test_is_recorded_at_the_strength_of_R(self, trained, monkeypatch):
+        run, records = trained
+        attacked = attack(run, records["BP"], confidence=0.0)
+        with pytest.raises(ValueError, match=r"has no R \(too-few\)"):
+            pipeline.audit(run, attacked, records["BP"])
+        attacked["results"]["fit"] |= dict(status="ok", R=0.03)
+        given = []
+        monkeypatch.setattr(pipeline.auditing, "audit", lambda model, images, labels, epsilon: given.append((images, labels, epsilon)) or dict(HEALTHY))
+        record = pipeline.audit(run, attacked, records["BP"], images=2)
+        (images, labels, epsilon), chosen = given[0], run.store.arrays(attacked)["images"][:2]
+        assert epsilon == record["results"]["epsilon"] == 0.03 and record["results"]["verdict"] == pipeline.auditing.verdict(HEALTHY, 2) and record["results"]["images"] == 2
+        assert torch.equal(images, training.to_float(run.data.test_images[chosen])) and torch.equal(labels, run.data.test_labels[chosen])
+        assert record["asked"]["audited"] == attacked["id"] and pipeline.audit(run, attacked, records["BP"], images=2) == record and len(given) == 1
+
+
+HEALTHY = dict(zero_gradients=0.0, zero_pixels=0.0, noise=0.0, fgsm=0.5, pgd=0.6, restarts=0.6, apgd=0.6, unbounded=1.0)
+
+
+class TestWithoutWeights:
+    def test_a_notebook_trains_again_and_a_sweep_does_not(self, tiny, tmp_path):
+        told = []
+        run = Run(tiny, Store(tmp_path), "cpu", told.append)
+        before = bp_model(run, 3, 6, HEAD)
+        weights = run.store.arrays(before)
+        kept = run.store.drop(before, "linear_weight")
+        assert bp_model(replace(run, bare=True), 3, 6, HEAD) == kept
+        with pytest.raises(ValueError, match=f"model record {kept['id']} is kept without linear_weight; delete .*{kept['id']}.json to train it again"):
+            network(kept, run.store)
+        again = bp_model(run, 3, 6, HEAD)
+        assert "was kept without its weights" in told[-2] and again["id"] == before["id"]
+        for name, values in run.store.arrays(again).items():
+            np.testing.assert_array_equal(values, weights[name])
+        assert hashlib.sha256(weights["linear_weight"].tobytes()).hexdigest() == kept["arrays"]["dropped"]["linear_weight"]
+        network(again, run.store)
+
+    def test_at_a_terminal(self, tiny, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("KHNB_RESULTS", str(tmp_path / "store"))
+        monkeypatch.setattr(datasets, "load", lambda name: tiny)
+        words = [json.dumps(TestModelsOf.parameters | dict(device="cpu", bp="none", confidence=0.1, weights=False, audited=True))]
+        pipeline.main(words)
+        store = Store(tmp_path / "store")
+        (record,) = store.find("model")
+        assert sorted(record["arrays"]["dropped"]) == ["conv_weight", "linear_weight"] and store.find("audit") == []  # too few images for an R
+        pipeline.main(words)
+        assert store.find("model") == [record] and "fgsm too-few" in capsys.readouterr().out
+        for name in ("weights", "audited"):
+            with pytest.raises(ValueError, match=f"{name}=3 is not valid: expected true or false"):
+                pipeline.main([json.dumps({name: 3})])
+
+
 class TestModelsOf:
     parameters = {name: p.default for name, p in PARAMETERS.items()} | CONV.dict() | HEAD.dict() | dict(bp_sigma="relu", bp_epochs=3, bp_batch=HEAD.head_batch)
 
@@ -711,7 +775,7 @@ class TestModelsOf:
     @pytest.mark.parametrize("grid", sorted((Path(__file__).parents[1] / "sweeps").glob("*.json")), ids=lambda path: path.stem)
     def test_the_committed_grids_are_valid(self, grid, monkeypatch):
         asked = []
-        monkeypatch.setattr(pipeline.Run, "of", lambda parameters: asked.append(parameters))
+        monkeypatch.setattr(pipeline.Run, "of", lambda parameters, **more: asked.append(parameters))
         monkeypatch.setattr(pipeline, "_models", lambda *given: None)
         for name in ("conv_layers", "collapse_probes"):
             fake = dict(id="", results=dict(f_1e4=[], alive=[], winners=[], f_score_1e4=0))

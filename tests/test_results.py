@@ -1,6 +1,7 @@
 """The store: whole records or none, whoever writes, whatever lies there."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from khnb import results
-from khnb.results import DamagedRecord, Store, atomic_write, pack, provenance, record_id
+from khnb.results import DamagedRecord, Rows, Store, atomic_write, pack, provenance, record_id
 from khnb.settings import PARAMETERS, ConvSettings, HeadSettings
 
 DATA = SimpleNamespace(name="cifar10-sample", sha256=dict(train="a" * 64, test="b" * 64))
@@ -78,6 +79,74 @@ class TestPutAndGet:
         (record,) = store.find("model")
         assert record["results"] == dict(test_accuracy=0.75)
         np.testing.assert_array_equal(store.arrays(record)["weight"], np.ones(2))
+
+
+class TestRows:
+    RADII = dict(radii=np.array([0.1, np.inf, 0.2, 0.3]), sure=np.array([0.6, 0.9, 0.8, 0.7], np.float32))
+
+    def test_some_rows_of_another_record(self, store):
+        wide = put(store, arrays=self.RADII)
+        narrow = put(store, ASKED | dict(seed=1), arrays=Rows(wide, "sure", 0.7))
+        assert files(store) == sorted([f"arrays/{wide['id']}.npz", *(f"records/model/{r['id']}.json" for r in (wide, narrow))])
+        again = store.get("model", ASKED | dict(seed=1), DATA)
+        assert again == narrow and again["arrays"]["sha256"] == wide["arrays"]["sha256"]
+        for found in (store.arrays(again), store.rows(Rows(wide, "sure", 0.7))):
+            assert found["radii"].tolist() == [np.inf, 0.2, 0.3] and found["sure"].tolist() == [np.float32(x) for x in (0.9, 0.8, 0.7)]
+
+    def test_of_rows(self, store):
+        wide = put(store, arrays=self.RADII)
+        narrow = put(store, ASKED | dict(seed=1), arrays=Rows(wide, "sure", 0.7))
+        narrowest = put(store, ASKED | dict(seed=2), arrays=Rows(narrow, "sure", 0.85))
+        assert store.arrays(narrowest)["radii"].tolist() == [np.inf]
+
+    @pytest.mark.parametrize("changed", [dict(least={"depth": 1}), dict(least={"sure": "much"}), dict(least=3), dict(least=[1])])
+    def test_rows_that_make_no_sense(self, store, changed):
+        wide = put(store, arrays=self.RADII)
+        with pytest.raises(ValueError, match="arrays .*npz"):
+            store.arrays(wide | dict(arrays=wide["arrays"] | changed))
+
+    @pytest.mark.parametrize("name", ["../records/x.npz", "/etc/passwd", "0123456789abcdef.json", "", 3, None, "0123456789abcdef.npz\n"])
+    def test_a_file_elsewhere(self, store, name):
+        record = put(store)
+        with pytest.raises(ValueError, match="as the file of its arrays"):
+            store.arrays(record | dict(arrays=record["arrays"] | dict(file=name)))
+
+
+class TestDrop:
+    ARRAYS = dict(weight=np.arange(6.0), bias=np.arange(2.0))
+
+    def test_keeps_the_rest_and_says_what_is_gone(self, store):
+        record = put(store, arrays=self.ARRAYS)
+        dropped = store.drop(record, "weight", "unknown")
+        assert store.get("model", ASKED, DATA) == dropped
+        assert {k: v for k, v in dropped.items() if k != "arrays"} == {k: v for k, v in record.items() if k != "arrays"}
+        assert dropped["arrays"]["dropped"] == {"weight": hashlib.sha256(np.arange(6.0).tobytes()).hexdigest()} and dropped["arrays"]["names"] == ["bias"]
+        assert list(store.arrays(dropped)) == ["bias"] and store.arrays(dropped)["bias"].tolist() == [0, 1]
+        assert files(store) == [f"arrays/{record['id']}-kept.npz", f"records/model/{record['id']}.json"]
+        assert store.drop(dropped, "weight") == dropped
+        assert set(store.drop(dropped, "bias")["arrays"]["dropped"]) == {"weight", "bias"} and store.arrays(store.find("model")[0]) == {}
+
+    def test_putting_again_brings_all_back(self, store):
+        store.drop(put(store, arrays=self.ARRAYS), "weight")
+        record = put(store, arrays=self.ARRAYS)
+        assert sorted(store.arrays(record)) == ["bias", "weight"] and files(store) == [f"arrays/{record['id']}.npz", f"records/model/{record['id']}.json"]
+
+    @pytest.mark.parametrize("at", [0, 1])
+    def test_a_crash_leaves_it_as_it_was(self, store, monkeypatch, at):
+        record, calls = put(store, arrays=self.ARRAYS), []
+
+        def write(path, content):
+            calls.append(path)
+            if len(calls) > at:
+                raise OSError("disk full")
+            atomic_write(path, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(results, "atomic_write", write)
+            with pytest.raises(OSError, match="disk full"):
+                store.drop(record, "weight")
+        assert store.get("model", ASKED, DATA) == record and sorted(store.arrays(record)) == ["bias", "weight"]
+        assert list(store.arrays(store.drop(record, "weight"))) == ["bias"]
 
 
 class TestId:
