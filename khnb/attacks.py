@@ -46,6 +46,8 @@ def _check(model: nn.Module, images: Tensor, labels: Tensor, norm: str = "linf",
         raise ValueError(f"images range from {low.item():g} to {high.item():g}; expected [0, 1] (divide pixels by 255)")
     with torch.no_grad():
         logits = _logits(model, images[:8])
+    if not logits.isfinite().all():
+        raise ValueError("the model gives logits that are not finite; nothing can be said of such a model")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels range from {labels.min()} to {labels.max()}; the model has {logits.shape[1]} classes")
     if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-5):

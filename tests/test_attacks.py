@@ -352,6 +352,89 @@ class TestPGD:
         assert around.sum() >= along.sum() > 10
 
 
+class TestRestarts:
+    @staticmethod
+    def valley():
+        """Class 1 wins where the first pixel is below 0.2; the gradient at 0.5 points up, from below 0.4 down: only a random start helps."""
+        return brightness(lambda t: torch.where(t > 0.4, 0.3 * t - 1, (0.2 - t) * 5))
+
+    def test_find_what_one_start_does_not(self):
+        model, images, labels = self.valley(), torch.full((64, *SHAPE), 0.5, dtype=DOUBLE), torch.zeros(64, dtype=torch.int64)
+        amounts = dict(step=0.05, radius=0.4, max_steps=20)
+        assert right(model, pgd(model, images, labels, **amounts), labels).all()
+        torch.manual_seed(0)
+        once = right(model, pgd(model, images, labels, **amounts, random_start=True), labels).sum()
+        torch.manual_seed(0)
+        attacked = pgd(model, images, labels, **amounts, random_start=True, restarts=4)
+        left = right(model, attacked, labels).sum()
+        assert 64 * 0.45 < once < 64 * 0.8 and left < once / 2  # a start is below 0.4 with probability 3/8
+        assert (attacked - images).abs().max() <= 0.4 + 1e-12
+
+    def test_without_a_random_start_are_refused(self):
+        with pytest.raises(ValueError, match="restarts=2 is not valid without random_start=True"):
+            pgd(linear(2, 0), grey(2, 0), torch.tensor([0, 1]), **PGD, restarts=2)
+
+    @pytest.mark.parametrize("value", [0, 1.5, -1])
+    def test_as_many_as_there_can_be(self, value):
+        with pytest.raises(ValueError, match=f"restarts={value} is not valid"):
+            pgd(linear(2, 0), grey(2, 0), torch.tensor([0, 1]), **PGD, random_start=True, restarts=value)
+
+
+class TestL2:
+    """The fast gradient method and PGD in the Euclidean norm, to compare."""
+
+    def test_linear_model_in_closed_form(self):
+        """Between two classes the shortest way is along the difference of their weights: margin / its length, for both attacks."""
+        model, images = linear(2, 5), grey(20, 5)
+        labels = labels_of(model, images)
+        with torch.no_grad():
+            logits = model(images)
+        known = (logits[:, 0] - logits[:, 1]).abs() / (model.weight[0] - model.weight[1]).norm()
+        inside = known < 0.3
+        assert inside.sum() > 5
+        excess = (fgsm_radius(model, images, labels, norm="l2") - known)[inside]
+        assert (excess > -1e-9).all() and (excess < 1e-6 + 1e-9).all()
+        radii, steps = pgd_radius(model, images, labels, 1e-3, 0.5, 400, norm="l2")
+        assert torch.equal(steps[inside], torch.ceil(known[inside] / 1e-3 - 1e-9).long())
+        torch.testing.assert_close(radii[inside], steps[inside].double() * 1e-3)
+
+    @settings(max_examples=20, deadline=None)
+    @given(seed=st.integers(0, 10**6), radius=st.floats(1e-3, 2), step=st.floats(1e-3, 1), start=st.booleans())
+    def test_never_leaves_the_ball_or_the_range(self, seed, radius, step, start):
+        model, images = tanh_net(seed % 7), grey(8, seed, 0.5)
+        attacked = pgd(model, images, labels_of(model, images), step, radius, 6, False, start, norm="l2")
+        assert ((attacked - images).flatten(1).norm(dim=1) <= radius + 1e-12).all()
+        assert attacked.min() >= 0 and attacked.max() <= 1
+
+    def test_a_gradient_too_small_to_be_squared(self):
+        model = Function(lambda x: linear(3, 0, torch.float32)(x) * 1e-25)
+        images, labels = grey(4, 0, dtype=torch.float32), torch.tensor([0, 1, 2, 0])
+        moved = (fgsm(model, images, labels, 0.1, norm="l2") - images).flatten(1).norm(dim=1)
+        torch.testing.assert_close(moved, torch.full((4,), 0.1))
+
+    def test_another_norm(self):
+        for attack in (fgsm_radius, lambda *given, **more: pgd(*given, **PGD, **more)):
+            with pytest.raises(ValueError, match="norm='l1' is not valid: one of linf, l2"):
+                attack(linear(3, 0), grey(2, 0), torch.tensor([0, 1]), norm="l1")
+
+
+class TestWithoutClipping:
+    """Eqs. 7.4 and 7.5 as printed, for which the thesis mentions no clipping."""
+
+    def test_a_pixel_goes_on_beyond_white(self):
+        images, labels = torch.full((1, *SHAPE), 0.9, dtype=DOUBLE), torch.tensor([0])
+        model = brightness(lambda t: t - 1.05)
+        assert fgsm_radius(model, images, labels, clip=False).item() == pytest.approx(0.15, abs=1.01e-6)
+        assert pgd_radius(model, images, labels, 0.01, 0.3, 50, clip=False)[1].item() == 16  # at 15 steps the pixel is at 1.05 or a rounding below
+        assert pgd_radius(model, images, labels, 0.01, 0.3, 50)[1].item() == -1
+        assert fgsm(model, images, labels, 0.3, clip=False).max().item() == pytest.approx(1.2)
+
+    def test_the_ball_still_holds(self):
+        images, labels = torch.full((1, *SHAPE), 0.9, dtype=DOUBLE), torch.tensor([0])
+        attacked = pgd(brightness(lambda t: t - 9), images, labels, 0.1, 0.25, 9, clip=False)
+        assert (attacked - images).abs().max().item() == pytest.approx(0.25)
+
+
 CALLS = {
     "fgsm": lambda m, x, y: fgsm(m, x, y, 0.1),
     "fgsm_radius": fgsm_radius,
@@ -395,6 +478,7 @@ REFUSED = {
     "label negative": (linear, grey(2, 0), [-1, 1], "-1 to 1; the model has 3 classes"),
     "training mode": (training_model, grey(2, 0), [0, 1], r"training mode.*model.eval\(\)"),
     "probabilities": (probabilities, grey(2, 0), [0, 1], "probabilities.*logits"),
+    "not a number": (lambda: Function(lambda x: linear(3, 0)(x) * math.nan), grey(2, 0), [0, 1], "logits that are not finite"),
     "shape of the logits": (one_logit_an_image, grey(2, 0), [0, 1], r"model gave shape \(2,\).*\(images, classes\)"),
 }
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import brentq
+from scipy.optimize import brentq, curve_fit
 
-from khnb.robustness import MIN_IMAGES, curve, fit, five_parameter, inflection, logistic
+from khnb.robustness import MIN_IMAGES, accepted, covariance_error, curve, fit, five_parameter, inflection, logistic
 
 KNOWN = [(300.0, 0.05, 1.0), (300.0, 0.05, 0.1), (300.0, 0.1, 3.0), (60.0, 0.3, 0.5), (3000.0, 0.006, 1.0)]
 
@@ -75,6 +75,14 @@ class TestCurve:
         eps, accuracy = curve([np.inf, 0.1, np.inf, 0.2])
         assert eps.tolist() == [0.1, 0.2] and accuracy.tolist() == [0.75, 0.25]
 
+    def test_or_keeps_it(self):
+        eps, accuracy = curve([np.inf, 0.1, np.inf, 0.2], "kept")
+        assert eps.tolist() == [0.1, 0.2] and accuracy.tolist() == [0.875, 0.625]
+
+    def test_a_way_there_is_not(self):
+        with pytest.raises(ValueError, match="survivors='lost' is not valid: one of dropped, kept"):
+            curve([0.1], "lost")
+
     def test_of_nothing(self):
         assert [len(part) for part in curve([])] == [0, 0] == [len(part) for part in curve([np.inf])]
 
@@ -136,6 +144,27 @@ class TestFit:
         assert (crowd.n, crowd.n_survived, alone.n, alone.n_survived) == (500, 100, 400, 0)
         assert crowd.status == "ok" and (crowd.R, crowd.k, crowd.nu) == (alone.R, alone.k, alone.nu)
 
+    def test_keeping_survivors_undoes_the_cut(self):
+        """An attack that gives up at 0.06, where up to a third of the images are still right. Kept, they leave R where it is; dropped, they move it,
+        though not by much: what is left is steepest close to the cut."""
+        for R in (0.05, 0.055, 0.058):
+            radii = exact(1000, 400.0, R, 1.0)
+            cut = np.where(radii <= 0.06, radii, np.inf)
+            dropped, kept = fit(cut, bootstrap=5), fit(cut, bootstrap=5, survivors="kept")
+            assert kept.status == "ok" and kept.R == pytest.approx(R, rel=1e-3) and kept.n_survived == dropped.n_survived == np.isinf(cut).sum() > 10
+            assert dropped.status == "ok" and abs(kept.R - R) < abs(dropped.R - R)
+        assert 0.055 < dropped.R < 0.0577 and dropped.k > 2 * kept.k
+
+    def test_an_inflection_beyond_the_radii_is_none(self):
+        radii = exact(1000, 200.0, 0.05, 1.0)
+        found = fit(np.where(radii <= 0.04, radii, np.inf), bootstrap=5, survivors="kept")
+        assert found.status == "no-inflection" and np.isnan(found.R)
+
+    def test_the_error_of_survivors_kept_is_the_scatter(self):
+        cut = [np.where(radii <= 0.055, radii, np.inf) for radii in (drawn(300, seed) for seed in range(12))]
+        fits = [fit(radii, bootstrap=40, survivors="kept") for radii in cut]
+        assert 0.5 < np.mean([f.R_err for f in fits]) / np.std([f.R for f in fits], ddof=1) < 2
+
     def test_steps_of_pgd_are_no_trouble(self):
         radii = drawn(500, 1)
         steps = np.ceil(radii / 5e-4) * 5e-4
@@ -193,3 +222,38 @@ class TestDict:
             assert plain["R"] == found.R and plain["R_ci"] == list(found.R_ci)
         else:
             assert plain["R"] is plain["R_err"] is plain["R_ci"] is None
+
+
+class TestCovarianceError:
+    def test_is_that_of_scipy(self):
+        radii = drawn(500, 3)
+        eps, accuracy = curve(radii)
+        found = fit(radii, bootstrap=40)
+        best, covariance = curve_fit(logistic, eps, accuracy, p0=(found.k, found.R, found.nu))
+        assert best[1] == pytest.approx(found.R, rel=1e-4)
+        assert covariance_error(radii, found) == pytest.approx(covariance[1, 1] ** 0.5, rel=0.02)
+
+    def test_is_far_too_small(self):
+        """Over many samples of one curve R scatters many times as much; the bootstrap says so, the covariance does not."""
+        samples = [drawn(2000, seed) for seed in range(10)]
+        fits = [fit(radii, bootstrap=40) for radii in samples]
+        scatter = np.std([f.R for f in fits], ddof=1)
+        covariance = np.mean([covariance_error(radii, f) for radii, f in zip(samples, fits, strict=True)])
+        assert covariance < scatter / 10 and 0.4 < np.mean([f.R_err for f in fits]) / scatter < 2.5
+
+    def test_without_an_inflection(self):
+        radii = np.random.default_rng(0).exponential(0.02, 2000)
+        assert np.isnan(covariance_error(radii, fit(radii)))
+
+
+class TestAccepted:
+    GOOD = dict(status="ok", n=501, r2=0.96)
+
+    @pytest.mark.parametrize("changed", [dict(n=500), dict(r2=0.95), dict(status="no-inflection"), dict(status="too-few", r2=None)])
+    def test_both_rules_and_an_R(self, changed):
+        assert accepted(self.GOOD) and not accepted(self.GOOD | changed)
+
+    def test_each_rule_can_be_left_out(self):
+        poor = self.GOOD | dict(n=40, r2=0.2)
+        assert not accepted(poor, min_images=0) and not accepted(poor, min_r2=-np.inf) and accepted(poor, 0, -np.inf)
+        assert not accepted(poor | dict(status="no-inflection"), 0, -np.inf)
