@@ -400,6 +400,14 @@ def network(record: dict, store: Store | None = None, side: int = 32) -> models.
 
 #: what an attack can be given, beside the least confidence of the images
 AMOUNTS = dict(fgsm=("eps_max",), pgd=("step", "radius", "max_steps"))
+#: the thesis's attacks (section 9.1): FGSM on images of both confidences, and both settings of PGD, with the larger step of the two printed for the second
+ATTACKS = {
+    "thesis": [
+        dict(attack="fgsm", confidence=0.6), dict(attack="fgsm", confidence=0.8),
+        dict(attack="pgd", step=1e-3, radius=0.12), dict(attack="pgd", step=5e-4, radius=0.14),
+    ],
+    "separated": [dict(attack="pgd", step=step, radius=radius) for step in (1e-3, 5e-4) for radius in (0.1, 0.12, 0.14)],
+}
 
 
 def attack(run: Run, model_record: dict, kind: str = "fgsm", confidence: float = 0.8, **amounts) -> dict:
@@ -468,6 +476,7 @@ def _attack_now(run: Run, model_record: dict, kind: str, amounts: dict, device, 
                 radii, steps = attacks.fgsm_radius(model, images, labels, amounts["eps_max"]), None
             else:
                 radii, steps = attacks.pgd_radius(model, images, labels, amounts["step"], amounts["radius"], amounts["max_steps"])
+                radii = (radii * 1e7).round() / 1e7  # pixels in single precision know no more, and what they seem to know does not compress
                 state["steps"].append(steps.cpu())
             state["radii"].append(radii.cpu())
             bar.update(len(part))
@@ -479,7 +488,7 @@ def _attack_now(run: Run, model_record: dict, kind: str, amounts: dict, device, 
     return arrays
 
 
-def audit(run: Run, attack_record: dict, model_record: dict, images: int = 500) -> dict:
+def audit(run: Run, attack_record: dict, model_record: dict, images: int = 300) -> dict:
     """Record of an audit (:func:`khnb.audit.audit`) of a model at the strength of its R, on the first images of an attack on it.
 
     attack_record, model_record : of :func:`attack` and the model it attacked; images : how many at most. ``results`` are the shares of
@@ -517,12 +526,13 @@ def main(words: list[str]) -> None:
 
     A value that is a list stands for one object each; ``"each"`` is a list of objects to be merged into this one. Parameters that are
     not named have their defaults. ``"what"`` is ``"models"`` (LL models, with their BP twins as ``"bp"`` says; where it is not named),
-    ``"bp"`` (BP models alone), ``"layers"`` (with ``"snapshots"`` and ``"stop_collapsed"``, see :func:`conv_layers`) or ``"probes"`` (with
+    ``"bp"`` (BP models alone), ``"stored"`` (whatever models with these parameters, and ``"model"`` and ``"head_seed"``, the store holds; none is
+    trained), ``"layers"`` (with ``"snapshots"`` and ``"stop_collapsed"``, see :func:`conv_layers`) or ``"probes"`` (with
     ``"seeds"`` and ``"until"``, see :func:`collapse_probes`). Layers and probes of one object are trained in lockstep, LL models with the
     same KH layer together; ``"head_seeds"`` is a list of the seeds of their classifiers, where these are not to be ``"seed"``. Models are
-    attacked as well, with FGSM: ``"attacked"`` is ``false`` for not at all, or a list of attacks, objects with ``"attack"``, ``"confidence"``
-    and amounts as :func:`attack` takes them; with ``"audited": true`` they are audited at the R of the first (:func:`audit`), and with
-    ``"weights": false`` their weights are not kept. ``ValueError`` before anything runs where something is wrong.
+    attacked as well, with FGSM: ``"attacked"`` is ``false`` for not at all, one of :data:`ATTACKS` by name, or a list of attacks, objects with
+    ``"attack"``, ``"confidence"`` and amounts as :func:`attack` takes them; with ``"audited": true`` they are audited at the R of the last FGSM
+    among them (:func:`audit`), and with ``"weights": false`` their weights are not kept. ``ValueError`` before anything runs where something is wrong.
     """
     asked = []
     for word in words:
@@ -549,13 +559,23 @@ def main(words: list[str]) -> None:
                 value = numbers if name in lists else numbers[0]
                 wanted = f"whole numbers >= {least}" if name in lists else f"a whole number >= {least}"
                 raise ValueError(f"{name}={value!r} is not valid: expected {'a list of ' if name in lists else ''}{wanted}")
-        if what not in ("models", "bp", "layers", "probes"):
-            raise ValueError(f"what={what!r} is not valid: one of models, bp, layers, probes")
+        if what not in ("models", "bp", "layers", "probes", "stored"):
+            raise ValueError(f"what={what!r} is not valid: one of models, bp, layers, probes, stored")
+        if what == "stored":
+            kept = {name: given.pop(name) for name in ("model", "head_seed") if name in given}
+            jobs.append((what, [check(one) | kept for one in expand(given)], seeds, until, snapshots, stop, (attacked, audited, weights), None))
+            continue
         jobs.append((what, [defaults | check(one) for one in expand(given)], seeds, until, snapshots, stop, (attacked, audited, weights), head_seeds))
         for parameters in jobs[-1][1]:
             ConvSettings.of(parameters), HeadSettings.of(parameters), _bp_head(parameters)
     for what, group, seeds, until, snapshots, stop, after, head_seeds in jobs:
-        run = Run.of(group[0], bare=True)
+        run = Run.of(defaults | group[0], bare=True)
+        if what == "stored":
+            names = [{name: value for name, value in one.items() if name not in ("data", "device", "confidence")} for one in group]
+            found = {r["id"]: r for one in names for r in run.store.find("model", **one) if r["data"]["train"] == run.data.sha256["train"]}
+            found = {id: r for id, r in found.items() if not r["arrays"].get("dropped")}  # those are done with
+            _afterwards(run, list(found.values()), defaults | group[0], *after)
+            continue
         if what in ("models", "bp"):
             _models(run, group, what, head_seeds, *after)
             continue
@@ -571,8 +591,10 @@ def _attacks(given) -> list[dict]:
     """What :func:`attack` is to be called with, from ``"attacked"``."""
     if isinstance(given, bool):
         return [dict(kind="fgsm")] * given
+    if isinstance(given, str) and given in ATTACKS:
+        given = ATTACKS[given]
     if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
-        raise ValueError(f"attacked={given!r} is not valid: expected true, false or a list of attacks")
+        raise ValueError(f"attacked={given!r} is not valid: expected true, false, {', '.join(ATTACKS)} or a list of attacks")
     found = []
     for one in given:
         one = dict(one)
@@ -584,7 +606,7 @@ def _attacks(given) -> list[dict]:
 
 
 def _models(run: Run, group: list[dict], what: str, head_seeds: list[int] | None, attacked: list[dict], audited: bool, weights: bool) -> None:
-    """Train what is missing, LL models with the same layer together; then attack, audit at the R of the first attack, and tell."""
+    """Train what is missing, LL models with the same layer together; then attack, audit and tell."""
     together: dict[tuple, list[HeadSettings]] = {}
     for parameters in group if what == "models" else []:
         head = HeadSettings.of(parameters)
@@ -594,13 +616,18 @@ def _models(run: Run, group: list[dict], what: str, head_seeds: list[int] | None
     for parameters in group:
         if what == "bp" or parameters["bp"] != "none":
             found.append(bp_model(run, parameters["K"], parameters["w"], _bp_head(parameters), what == "bp" or parameters["bp"] == "train"))
-    for record in filter(None, found):
+    _afterwards(run, list(filter(None, found)), group[0], attacked, audited, weights)
+
+
+def _afterwards(run: Run, models: list[dict], parameters: dict, attacked: list[dict], audited: bool, weights: bool) -> None:
+    for record in models:
         told = f"{record['asked']['model']} {record['id']}: accuracy {record['results']['test_accuracy']:.4f}"
-        made = [attack(run, record, **dict(confidence=group[0]["confidence"]) | one) for one in attacked]
+        made = [attack(run, record, **dict(confidence=parameters["confidence"]) | one) for one in attacked]
         for one, fit in zip(attacked, (each["results"]["fit"] for each in made), strict=True):
             told += f", {one['kind']} R {fit['R']:.5f} +- {fit['R_err']:.5f}, {fit['n']} images" if fit["status"] == "ok" else f", {one['kind']} {fit['status']}"
-        if audited and made and made[0]["results"]["fit"]["status"] == "ok":
-            told += f", {audit(run, made[0], record)['results']['verdict']}"
+        looked_at = [each for each in made if each["asked"]["attack"] == "fgsm" and each["results"]["fit"]["status"] == "ok"][-1:] if audited else []
+        for each in looked_at:
+            told += f", {audit(run, each, record)['results']['verdict']}"
         if not weights:
             run.store.drop(record, "conv_weight", "linear_weight")
         print(told, flush=True)
