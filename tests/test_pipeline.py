@@ -14,6 +14,7 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -799,7 +800,8 @@ class TestModelsOf:
     @pytest.mark.parametrize("grid", sorted((Path(__file__).parents[1] / "sweeps").glob("*.json")), ids=lambda path: path.stem)
     def test_the_committed_grids_are_valid(self, grid, monkeypatch):
         asked = []
-        monkeypatch.setattr(pipeline.Run, "of", lambda parameters, **more: asked.append(parameters))
+        store = SimpleNamespace(find=lambda kind, **named: [])
+        monkeypatch.setattr(pipeline.Run, "of", lambda parameters, **more: asked.append(parameters) or SimpleNamespace(store=store))
         monkeypatch.setattr(pipeline, "_models", lambda *given: None)
         for name in ("conv_layers", "collapse_probes"):
             fake = dict(id="", results=dict(f_1e4=[], alive=[], winners=[], f_score_1e4=0))
