@@ -184,6 +184,118 @@ def robustness_curves(named: dict[str, tuple[str, np.ndarray, dict]]):
     return figure
 
 
+def _scatter(ax, rows, **look):
+    return ax.scatter([row["R"] for row in rows], [row["accuracy"] for row in rows], s=look.pop("s", 22), lw=0.4, edgecolor="white", **look)
+
+
+def cloud(rows: list[dict]):
+    """Accuracy against R, one point a model, with histograms along both axes and a line from the most accurate to the most robust (fig. 9.3).
+
+    rows : of :func:`khnb.tables.accepted_models`, at least one.
+    """
+    figure = plt.figure(figsize=(6.5, 5), layout="constrained")
+    axes = figure.subplot_mosaic([["above", "."], ["ax", "beside"]], width_ratios=[5, 1], height_ratios=[1, 5])
+    ax, above, beside = axes["ax"], axes["above"], axes["beside"]
+    _scatter(ax, rows, color=COLOURS[rows[0]["model"]])
+    best, toughest = max(rows, key=lambda row: row["accuracy"]), max(rows, key=lambda row: row["R"])
+    ax.plot([best["R"], toughest["R"]], [best["accuracy"], toughest["accuracy"]], color=COLOURS["thesis"], lw=1)
+    ax.set(xlabel=r"robustness $\mathcal{R}$ (pixel range 0 to 1)", ylabel="test accuracy")
+    for side, key, way in ((above, "R", "vertical"), (beside, "accuracy", "horizontal")):
+        side.hist([row[key] for row in rows], bins=20, orientation=way, color=COLOURS[rows[0]["model"]], alpha=0.6)
+        side.tick_params(labelbottom=way == "horizontal", labelleft=way == "vertical")
+    above.sharex(ax), beside.sharey(ax)
+    above.set_ylabel("models"), beside.set_xlabel("models")
+    return figure
+
+
+def cloud_by(rows: list[dict], names: dict[str, str], columns: int = 3):
+    """The same points once for each hyperparameter, coloured and marked by its value (fig. 9.4). names : key of a row -> how it is called."""
+    height = -(-len(names) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(3.4 * columns, 2.9 * height), layout="constrained", sharex=True, sharey=True, squeeze=False)
+    for ax in axes.flat[len(names) :]:
+        ax.remove()
+    for letter, ax, (key, called) in zip(LETTERS, axes.flat, names.items()):
+        values = sorted({row[key] for row in rows if row.get(key) is not None})
+        shades = plt.get_cmap("cividis")(np.linspace(0, 0.95, len(values)))
+        for value, shade, mark in zip(values, shades, itertools.cycle("os^Dv<>pP*X")):
+            text = value if isinstance(value, str) else "rExp" if (key, value) == ("n", 0) else f"{value:g}"
+            _scatter(ax, [row for row in rows if row.get(key) == value], color=[shade], marker=mark, label=text)
+        ax.set_title(f"{letter}  {called}", fontsize=10, loc="left")
+        ax.legend(fontsize=7, ncols=1 + len(values) // 6, handletextpad=0.1, borderpad=0.3)
+    figure.supxlabel(r"robustness $\mathcal{R}$ (pixel range 0 to 1)", fontsize=10)
+    figure.supylabel("test accuracy", fontsize=10)
+    return figure
+
+
+def cloud_shaded(rows: list[dict], names: dict[str, str]):
+    """The same points once for each quantity, coloured by it (fig. 9.5). names : key of a row -> how it is called."""
+    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), layout="constrained", sharex=True, sharey=True, squeeze=False)
+    for ax, (key, called) in zip(axes[0], names.items()):
+        shown = [row for row in rows if row.get(key) is not None]
+        figure.colorbar(_scatter(ax, shown, c=[row[key] for row in shown], cmap="cividis"), ax=ax, label=called)
+        ax.set_xlabel(r"robustness $\mathcal{R}$ (pixel range 0 to 1)")
+    axes[0][0].set_ylabel("test accuracy")
+    return figure
+
+
+def clouds(panels: dict[str, dict[str, list[dict]]], joined: bool = False):
+    """Several sets of models in one panel or more (figs. 9.6, 9.8, 9.9): title -> name -> rows. ``joined``: a line from a model to the same in the next set."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(max(6, 4.5 * len(panels)), 4), layout="constrained", sharex=True, sharey=True, squeeze=False)
+    for ax, (title, series) in zip(axes[0], panels.items()):
+        last = {}
+        for (name, rows), colour, mark in zip(series.items(), SERIES, "os^D"):
+            _scatter(ax, rows, color=COLOURS.get(name.split()[0], colour), marker=mark, label=f"{name}: {len(rows)} models", zorder=3)
+            for row in rows if joined else []:
+                if row["id"] in last:
+                    ax.plot([last[row["id"]], row["R"]], [row["accuracy"]] * 2, color="#bbbbbb", lw=0.7, zorder=1)
+                last[row["id"]] = row["R"]
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel(r"robustness $\mathcal{R}$ (pixel range 0 to 1)")
+        ax.legend(fontsize=8)
+    axes[0][0].set_ylabel("test accuracy")
+    return figure
+
+
+def pgd_curves(radii: np.ndarray, steps: np.ndarray, fits: tuple[dict, dict]):
+    """Relative accuracy under PGD against the distance and against the number of steps (fig. 9.7), each with its fit and inflection point.
+
+    radii : (n,) ; steps : (n,), -1 where never fooled; fits : ``fit`` and ``fit_steps`` of an attack record.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.5), layout="constrained", sharey=True)
+    counts = np.where(steps < 0, np.inf, steps)
+    for ax, values, fit, colour, text, digits in zip(axes, (radii, counts), fits, SERIES, (r"attack strength $\varepsilon$ (pixel range 0 to 1)", "steps"), (4, 1)):
+        at, accuracy = robustness.curve(values)
+        ax.step(at, accuracy, where="post", color=colour, lw=3, alpha=0.4, label=f"{fit['n']} images, {fit['n_survived']} never fooled")
+        if fit["status"] == "ok":
+            grid = np.linspace(0, at.max(), 1000)
+            ax.plot(grid, robustness.logistic(grid, fit["k"], fit["R"], fit["nu"]), "--", color="black", lw=1.2)
+            ax.plot(fit["R"], robustness.logistic(fit["R"], fit["k"], fit["R"], fit["nu"]), "o", color="black", label=f"inflection at {fit['R']:.{digits}f}")
+        ax.set(xlabel=text, ylim=(0, 1.02), xlim=(0, float(np.quantile(at, 0.98)) or 1))
+        ax.legend(fontsize=8)
+    axes[0].set_ylabel("relative accuracy")
+    return figure
+
+
+def threshold_curves(radii: np.ndarray, confidences: np.ndarray, thresholds=(0.0, 0.4, 0.6, 0.8, 0.95)):
+    """How the curve of one model changes with the least confidence of its images (section 7.2).
+
+    radii, confidences : (n,) of an attack on all images classified correctly. A dot is an inflection point; a curve without one has none.
+    """
+    figure, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    shades = plt.get_cmap("cividis")(np.linspace(0, 0.95, len(thresholds)))
+    for threshold, shade, dash in zip(thresholds, shades, ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))):
+        some = radii[confidences >= threshold]
+        found = robustness.fit(some, bootstrap=2)
+        eps, accuracy = robustness.curve(some)
+        said = f"$\\mathcal{{R}}$ = {found.R:.4f}" if found.status == "ok" else found.status
+        ax.plot(eps, accuracy, ls=dash, lw=2, color=shade, label=f"{threshold:.0%} sure: {len(some)} images, {said}")
+        if found.status == "ok":
+            ax.plot(found.R, np.interp(found.R, eps, accuracy), "o", color=shade, mec="black", ms=7)
+    ax.set(xlabel=r"attack strength $\varepsilon$ (pixel range 0 to 1)", ylabel="relative accuracy", ylim=(0, 1.02), xlim=(0, float(np.quantile(radii[np.isfinite(radii)], 0.98))))
+    ax.legend(fontsize=8)
+    return figure
+
+
 def attack_examples(model, images: torch.Tensor, labels: torch.Tensor, classes, count: int = 4):
     """Original, sign of the gradient and attacked image, of the first confident images of ``count`` classes (fig. 9.1).
 

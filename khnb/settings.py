@@ -109,6 +109,8 @@ PARAMETERS: dict[str, Parameter] = {
     "step": Parameter(float, 5e-4, "step of PGD, in units of the [0, 1] pixel range", 1e-9, 1.0),
     "radius": Parameter(float, 0.14, "radius of PGD's l-infinity ball (the thesis's S)", 1e-9, 1.0),
     "max_steps": Parameter(int, 300, "largest number of PGD steps", 1),
+    "min_images": Parameter(int, 500, "a model counts with more confident images than this (section 9.1.1)", 0),
+    "min_r2": Parameter(float, 0.95, "a model counts with a larger R^2 of its fit than this (section 9.1.1)", 0.0, 1.0),
     # the BP twin, where it differs from the LL model
     "bp_sigma": Parameter(ACTIVATIONS, "elu", "activation function of the BP twin"),
     "bp_epochs": Parameter(int, 70, "passes over all images of the BP twin", 1),

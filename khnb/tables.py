@@ -10,6 +10,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from khnb.learning import COLLAPSED, fates
+from khnb.robustness import accepted
 from khnb.settings import PARAMETERS, ConvSettings, HeadSettings
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
@@ -92,11 +93,11 @@ def pairs(rows, parameter: str, low, high, value: str, settings) -> tuple[int, i
 ENSEMBLE = {"LL": ("K", "w", "m", "p", "n", "w_pool"), "BP": ("K", "w", "n", "w_pool", "sigma")}
 
 
-def spread(values) -> str:
+def spread(values, digits: int = 3) -> str:
     """Mean ± standard deviation (of a sample) and how many, or the value if there is only one; "none yet" without any."""
     if len(values) < 2:
-        return f"{values[0]:.3f}" if values else "none yet"
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} ({len(values)})"
+        return f"{values[0]:.{digits}f}" if values else "none yet"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f} ({len(values)})"
 
 
 def ensemble_row(asked: dict) -> dict[str, str] | None:
@@ -193,3 +194,38 @@ def shares_8_1(layers: list[tuple[dict, float]]) -> list[dict]:
             found[f"here_{limit}"] = (above / len(f), *binomtest(above, len(f)).proportion_ci(method="wilson")) if f else None
         rows.append(row | found)
     return rows
+
+
+def attacked_models(store, attack: str = "fgsm", confidence: float = 0.8, **amounts) -> list[dict]:
+    """A row for each model on the full CIFAR-10 that was attacked like this (``amounts``: ``step``, ``radius``, ...), whatever came of it.
+
+    Rows have the hyperparameters of the model, and ``id``, ``record`` (of the attack), ``accuracy``, what the fit says (``R``, ``R_err``, ``n``, ``n_survived``, ``r2``,
+    ``status``) and, of LL models, the ``f`` of their layer at tolerance 1e-4. rExp stands at n = 0, as in the thesis.
+    """
+    layers = {r["id"]: r["results"]["f_score_1e4"] for r in store.full("layer")}
+    models = {r["id"]: r for r in store.full("model")}
+    rows = []
+    for record in store.full("attack", attack=attack, confidence=confidence, **amounts):
+        asked, fit = record["asked"], record["results"]["fit"]
+        of = models.get(asked["of"], {})
+        rows.append(asked | {name: fit[name] for name in ("R", "R_err", "n_survived", "r2", "status")} | dict(
+            id=asked["of"], record=record["id"], accuracy=record["results"]["accuracy"], images=fit["n"], f=layers.get(of.get("layer")),
+            n=0 if asked["sigma"] == "rexp" else asked["n"],
+        ))
+    return rows
+
+
+def accepted_models(rows: list[dict], min_images: int = 500, min_r2: float = 0.95) -> list[dict]:
+    """Those of :func:`attacked_models` that count by the thesis's rule, see :func:`khnb.robustness.accepted`."""
+    return [row for row in rows if accepted(row | dict(n=row["images"]), min_images, min_r2)]
+
+
+def counted(rows: list[dict], kept: list[dict]) -> str:
+    """How many models a figure shows, in words, with the reasons why others are missing."""
+    reasons = {}
+    for row in rows:
+        if row not in kept:
+            why = {"ok": "too few images or too poor a fit", "no-inflection": "without an inflection point"}.get(row["status"], "too few images to fit")
+            reasons[why] = reasons.get(why, 0) + 1
+    left = "; ".join(f"{count} {why}" for why, count in reasons.items())
+    return f"{len(kept)} of {len(rows)} models" + (f" (left out: {left})" if left else "")

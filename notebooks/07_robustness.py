@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from myst_nb import glue
 
-from khnb import schematics, settings
+from khnb import plots, schematics, settings
 from khnb.attacks import fgsm, pgd
+from khnb.results import Store
 from khnb.robustness import five_parameter, inflection, logistic
 
 asked = settings.of_notebook(globals(), "step", "radius")
@@ -145,6 +146,31 @@ plt.close(fig)
 # the curve drops steeply from the very start, like an exponential, and has no steepest point in the middle. Leaving
 # the uncertain images out gives it a shoulder. The price is that robustness then describes a *part* of the test images,
 # a different one for each model. The thesis discusses this openly; [chapter 10](10_discussion.ipynb) returns to it.
+
+# %% tags=["remove-cell"]
+store = Store()
+everything = {kind: next(iter(store.full("attack", attack="fgsm", confidence=0.0, model=kind)), None) for kind in ("LL", "BP")}
+for kind, record in everything.items():
+    if record:
+        arrays = store.arrays(record)
+        glue(f"fig-thresholds-{kind.lower()}", plots.threshold_curves(arrays["radii"], arrays["confidences"]), display=False)
+    else:
+        glue(f"fig-thresholds-{kind.lower()}", "The store holds no attack on all images of such a model.", display=False)
+
+# %% [markdown]
+# ```{glue:figure} fig-thresholds-ll
+# :name: fig-thresholds-ll
+# :alt: Five curves of relative accuracy against attack strength, for thresholds from none to 95 percent. Without a threshold the curve falls steeply from the start; the higher the threshold, the longer it stays near one before it falls.
+#
+# FGSM on the LL model of chapters 8 and 9 ($K=10$, full CIFAR-10), for images of more and more confidence. A dot marks the inflection point.
+# ```
+#
+# ```{glue:figure} fig-thresholds-bp
+# :name: fig-thresholds-bp
+# :alt: The same five curves for a BP model.
+#
+# The same for its BP twin.
+# ```
 #
 # ## One number
 #
@@ -221,7 +247,7 @@ plt.close(fig)
 # falls like an exponential it still finds some inflection point, near 0 and with a good $R^2$. `khnb.robustness.fit` compares
 # with a convex decay and reports "no inflection" in place of a number. And an image that is never fooled says only that its
 # radius is *large*. The thesis drops such images from the curve, and so does the fit here, which counts them in
-# `n_survived`; where there are many, $R$ is too small.
+# `n_survived`; with `survivors="kept"` it keeps them, as right up to where the attack ended. [Chapter 9](09_attacks.ipynb) shows both.
 #
 # Values of $R$ compare models under the same attack, threshold and fit. By itself $R=0.02$ says little: a change of each
 # pixel value by five of 255 steps, hard to see, which costs the model a large share of its confident answers.

@@ -1,11 +1,13 @@
 """Markdown tables, and the thesis's own numbers."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from khnb import tables
 from khnb.pipeline import expand
+from khnb.results import Store
 from khnb.settings import PARAMETERS
 
 
@@ -147,3 +149,35 @@ class TestEnsemble:
             del record["asked"]["m"], record["asked"]["conv_epochs"]
         assert tables.ensemble(made, row, "BP") == (made[:1], {}) and tables.ensemble(made[1:], row, "BP") == (made[1:], dict(head_epochs=20))
         assert tables.ensemble([self.model(model="BP", sigma="gelu", head_epochs=70)], row, "BP") == ([], {})
+
+
+class TestAttackedModels:
+    @pytest.fixture
+    def store(self, tmp_path):
+        """Two LL models of one layer, a BP model, and one on other images."""
+        data, store = SimpleNamespace(name="cifar10", sha256=dict(train="a" * 64, test="b" * 64)), Store(tmp_path)
+        layer = store.put("layer", dict(K=10), data, dict(f_score_1e4=0.9), {}, 1.0)
+        for model, sigma, n, R, images in (("LL", "gelu", 4.0, 0.02, 900), ("LL", "rexp", 1.0, 0.01, 500), ("BP", "elu", 1.0, None, 900)):
+            asked = dict(model=model, sigma=sigma, n=n)
+            record = store.put("model", asked, data, dict(test_accuracy=0.6), {}, 1.0, **(dict(layer=layer["id"]) if model == "LL" else {}))
+            fit = dict(R=R, R_err=R and 1e-4, n=images, n_survived=2, r2=0.99, status="ok" if R else "no-inflection")
+            for attack in (dict(attack="fgsm", confidence=0.8), dict(attack="pgd", confidence=0.8, step=1e-3)):
+                store.put("attack", asked | attack | dict(of=record["id"]), data, dict(fit=fit, accuracy=0.6), {}, 1.0)
+        store.put("attack", dict(model="LL", attack="fgsm", confidence=0.8), SimpleNamespace(name="cifar10-sample", sha256=data.sha256), dict(), {}, 1.0)
+        return store
+
+    def test_rows(self, store):
+        rows = sorted(tables.attacked_models(store), key=lambda row: row["sigma"])
+        assert [(row["sigma"], row["n"], row["f"], row["R"], row["images"], row["accuracy"]) for row in rows] == [
+            ("elu", 1.0, None, None, 900, 0.6), ("gelu", 4.0, 0.9, 0.02, 900, 0.6), ("rexp", 0, 0.9, 0.01, 500, 0.6),
+        ]
+        assert tables.attacked_models(store, "pgd", step=5e-4) == [] and len(tables.attacked_models(store, "pgd", step=1e-3, model="LL")) == 2
+        assert tables.attacked_models(store, confidence=0.6) == []
+
+    def test_the_rule_of_the_thesis_and_what_it_leaves_out(self, store):
+        rows = tables.attacked_models(store)
+        kept = tables.accepted_models(rows)
+        assert [row["sigma"] for row in kept] == ["gelu"] and len(tables.accepted_models(rows, 499)) == 2 and tables.accepted_models(rows, 0, 0.99) == []
+        said = tables.counted(rows, kept)
+        assert said.startswith("1 of 3 models (left out: ") and "1 too few images or too poor a fit" in said and "1 without an inflection point" in said
+        assert tables.counted(kept, kept) == "1 of 1 models"
