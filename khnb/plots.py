@@ -243,7 +243,7 @@ def clouds(panels: dict[str, dict[str, list[dict]]], joined: bool = False):
     figure, axes = plt.subplots(1, len(panels), figsize=(max(6, 4.5 * len(panels)), 4), layout="constrained", sharex=True, sharey=True, squeeze=False)
     for ax, (title, series) in zip(axes[0], panels.items()):
         last = {}
-        for (name, rows), colour, mark in zip(series.items(), SERIES, "os^D"):
+        for (name, rows), colour, mark in zip(series.items(), itertools.cycle(SERIES), itertools.cycle("os^D")):
             _scatter(ax, rows, color=COLOURS.get(name.split()[0], colour), marker=mark, label=f"{name}: {len(rows)} models", zorder=3)
             for row in rows if joined else []:
                 if row["id"] in last:

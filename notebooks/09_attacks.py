@@ -416,6 +416,29 @@ Markdown(tables.markdown(rows) if rows else "No attack in the store left an imag
 #
 # In the manner of figure 9.9 of the thesis: LL and BP models under FGSM and under PGD.
 # ```
+
+# %% tags=["remove-cell"]
+trained, sets = run.store.full("model", held_out=0), {}
+for kind, name in (("LL", "table_B1"), ("BP", "table_B3")):
+    for row in tables.thesis(name):
+        alike, _ = tables.ensemble(trained, row, kind)
+        for record in alike if len(alike) > 1 else []:
+            sets[record["id"]] = {kind: ", ".join(row[key] for key in tables.ENSEMBLE[kind])}
+members = [row | sets[row["id"]] for kind in ("LL", "BP") for row in every[kind][0.8] if row["id"] in sets and row["status"] == "ok"]
+if members:
+    glue("fig-9-10", plots.cloud_by(members, dict(LL="LL", BP="BP"), 2), display=False)
+else:
+    glue("fig-9-10", Markdown("The store holds no ensembles."), display=False)
+
+# %% [markdown]
+# Models trained alike lie close together (the rows of [appendix B](B_ensembles.ipynb) of which we have two models or more):
+#
+# ```{glue:figure} fig-9-10
+# :name: fig-9-10
+# :alt: Two scatters of accuracy against robustness with small groups of points, one group for each set of hyperparameters.
+#
+# In the manner of figure 9.10 of the thesis: models trained alike, under FGSM; LL models by $K, w, m, p, n, w_\text{pool}$, BP models by $K, w, n, w_\text{pool}, \sigma$.
+# ```
 #
 # (masking)=
 # ## 9.6 Robust, or only hard to attack?
