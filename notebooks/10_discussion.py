@@ -97,10 +97,10 @@ Markdown(tables.markdown(rows))
 # $R$ makes thousands of models comparable, and the order it puts them in hardly changes between FGSM and PGD. But
 #
 # - it is about *confident, correct* images only. Of the best LL model 4,523 images are said to be used, elsewhere that no
-#   model had more than 3,826; the first may be the confident images and the second those also correct;
+#   model had more than 3,826; our models of the same hyperparameters go with the first ([chapter 9](#many-models));
 # - the most robust models are measured on the fewest images, some barely more than the 500 required;
 # - images that were never fooled are dropped, although they are the most robust of all. This lowers $R$, and more so
-#   under PGD;
+#   under PGD, though by little where few survive ([chapter 9](09_attacks.ipynb) has both fits);
 # - the inflection point is a choice. Another point of the curve, such as the median radius, would be as defensible.
 #
 # ## How strong the attacks are
@@ -108,7 +108,7 @@ Markdown(tables.markdown(rows))
 # The thesis finds that the distance reached by PGD is exactly the step times the number of steps, in every model. This says
 # that the ball around the image never mattered: its radius was several times larger than any $R$. PGD was thus IFGSM
 # in effect. The thesis compares two settings of PGD and ascribes the lower $R$ of one to its larger radius. As both have
-# room to spare, the finer step is the likelier cause. (That step is printed as $5\cdot10^{-5}$, which would need
+# room to spare, the finer step is the likelier cause, and with step and radius varied one at a time [chapter 9](09_attacks.ipynb) finds that it is. (That step is printed as $5\cdot10^{-5}$, which would need
 # about a thousand steps for the most robust models; the text says that fewer than a hundred were needed. We read
 # $5\cdot10^{-4}$.)
 #
