@@ -216,54 +216,59 @@ int64_t khnb_learn(const float *rows, const float *columns, const float *scales,
     return updates;
 }
 
-typedef float v8 __attribute__((vector_size(32), aligned(4)));
-typedef int32_t v8i __attribute__((vector_size(32), aligned(4)));
-typedef float v4 __attribute__((vector_size(16), aligned(4)));
-#define ACROSS 6 /* positions computed together */
+#define ACROSS 6 /* positions computed together, for two vectors of filters: their sums fill half of the registers or more */
+
+/* Places x and on in one row of the convolution, for so many vectors of filters from f on: row[x][f]. */
+static inline __attribute__((always_inline)) void
+conv_places(const float *image, const int32_t *offset, int64_t D, const float *weight, const float *bias, const float *scale,
+            int64_t filters, int64_t f, int64_t x, int vectors, float *row)
+{
+    vf sum[ACROSS][2];
+    for (int i = 0; i < ACROSS; i++)
+        for (int v = 0; v < vectors; v++) sum[i][v] = *(const vf *)(bias + f + v * VL);
+    for (int64_t d = 0; d < D; d++) {
+        const float *at = image + offset[d] + x;
+        vf a[2];
+        for (int v = 0; v < vectors; v++) a[v] = *(const vf *)(weight + d * filters + f + v * VL);
+        for (int i = 0; i < ACROSS; i++)
+            for (int v = 0; v < vectors; v++) sum[i][v] += a[v] * at[i];
+    }
+    for (int i = 0; i < ACROSS; i++)
+        for (int v = 0; v < vectors; v++) *(vf *)(row + (x + i) * filters + f + v * VL) = sum[i][v] * (scale ? scale[x + i] : 1);
+}
 
 /* One row of the convolution: row[x][f] for all x, each x times its scale if there are any. weight is (D, filters), filters
    a multiple of 16. */
 static void conv_row(const float *image, const int32_t *offset, int64_t D, const float *weight, const float *bias,
                      const float *scale, int64_t filters, int64_t out, float *row)
 {
-    for (int64_t f = 0; f < filters; f += 16)
+    for (int64_t f = 0; f < filters; f += 2 * VL)
         for (int64_t x = 0; x < out; x += ACROSS) {
             if (x + ACROSS > out) x = out - ACROSS; /* the last block overlaps: the same values again */
-            v8 sum[ACROSS][2];
-            for (int i = 0; i < ACROSS; i++) {
-                sum[i][0] = *(const v8 *)(bias + f);
-                sum[i][1] = *(const v8 *)(bias + f + 8);
-            }
-            for (int64_t d = 0; d < D; d++) {
-                v8 a = *(const v8 *)(weight + d * filters + f), b = *(const v8 *)(weight + d * filters + f + 8);
-                const float *at = image + offset[d] + x;
-                for (int i = 0; i < ACROSS; i++) { sum[i][0] += a * at[i]; sum[i][1] += b * at[i]; }
-            }
-            for (int i = 0; i < ACROSS; i++) {
-                float by = scale ? scale[x + i] : 1;
-                *(v8 *)(row + (x + i) * filters + f) = sum[i][0] * by;
-                *(v8 *)(row + (x + i) * filters + f + 8) = sum[i][1] * by;
-            }
+            if (f + 2 * VL <= filters)
+                conv_places(image, offset, D, weight, bias, scale, filters, f, x, 2, row);
+            else
+                conv_places(image, offset, D, weight, bias, scale, filters, f, x, 1, row);
         }
 }
 
-/* Of q values, step apart, the largest and, if it is asked for, its place, for 8 filters side by side. Places are given (at,
+/* Of q values, step apart, the largest and, if it is asked for, its place, for VL filters side by side. Places are given (at,
    step apart) or counted up from first. An equal, later value does not count, as in the usual max-pooling. */
 static inline __attribute__((always_inline)) void
 largest(const float *value, const int32_t *at, int32_t first, int64_t step, int64_t q, float *top, int32_t *top_at)
 {
-    v8 best = *(const v8 *)value;
-    v8i where = at ? *(const v8i *)at : (v8i){0} + first;
+    vf best = *(const vf *)value;
+    vi where = at ? *(const vi *)at : (vi){0} + first;
     for (int64_t j = 1; j < q; j++) {
-        v8 next = *(const v8 *)(value + j * step);
-        v8i more = next > best; /* all bits set where true */
-        best = (v8)(((v8i)next & more) | ((v8i)best & ~more));
+        vf next = *(const vf *)(value + j * step);
+        vi more = next > best; /* all bits set where true */
+        best = CHOOSE(more, next, best);
         if (!top_at) continue;
-        v8i here = at ? *(const v8i *)(at + j * step) : (v8i){0} + (first + (int32_t)j);
+        vi here = at ? *(const vi *)(at + j * step) : (vi){0} + (first + (int32_t)j);
         where = (here & more) | (where & ~more);
     }
-    *(v8 *)top = best;
-    if (top_at) *(v8i *)top_at = where;
+    *(vf *)top = best;
+    if (top_at) *(vi *)top_at = where;
 }
 
 /* Convolution with bias, each place times its scale (count, side, across) if there are any, then one or more max-poolings
@@ -286,7 +291,7 @@ void khnb_conv_pool(const float *images, int64_t count, int64_t C, int64_t H, in
             for (int64_t k = 0; k < poolings; k++) {
                 int64_t q = pools[2 * k], s = pools[2 * k + 1], X = (across - q) / s + 1;
                 for (int64_t x = 0; x < X; x++)
-                    for (int64_t f = 0; f < filters; f += 8) {
+                    for (int64_t f = 0; f < filters; f += VL) {
                         int64_t to = (y * X + x) * filters + f;
                         largest(row + x * s * filters + f, 0, (int32_t)(y * W + x * s), filters, q, best + k * room + to,
                                 where ? at + to : 0);
@@ -295,14 +300,14 @@ void khnb_conv_pool(const float *images, int64_t count, int64_t C, int64_t H, in
         }
         for (int64_t k = 0; k < poolings; k++) {
             int64_t q = pools[2 * k], s = pools[2 * k + 1], P = (side - q) / s + 1, X = (across - q) / s + 1;
-            for (int64_t f = 0; f < F; f += 8)
+            for (int64_t f = 0; f < F; f += VL)
                 for (int64_t y = 0; y < P; y++)
                     for (int64_t x = 0; x < X; x++) {
                         int64_t from = (y * s * X + x) * filters + f;
-                        float top[8];
-                        int32_t top_at[8];
+                        float top[VL];
+                        int32_t top_at[VL];
                         largest(best + k * room + from, where ? at + from : 0, 0, X * filters, q, top, where ? top_at : 0);
-                        for (int64_t l = 0; l < 8 && f + l < F; l++) {
+                        for (int64_t l = 0; l < VL && f + l < F; l++) {
                             int64_t to = ((n * total + f + l) * P + y) * X + x;
                             out[k][to] = top[l];
                             if (where) where[to] = top_at[l];
@@ -312,42 +317,53 @@ void khnb_conv_pool(const float *images, int64_t count, int64_t C, int64_t H, in
     }
 }
 
-#define TOGETHER 12 /* times four weights whose gradients are kept in registers */
+#define STRETCH 48 /* weights of a filter whose gradient is kept in registers, for a few places at a time */
+#define PLACES 4
 
-/* The gradient of the filters (F, C, w, w) and of the bias, added to dweight and dbias: grad and where are (count, F, Q). */
-void khnb_conv_pool_back(const float *images, int64_t count, int64_t C, int64_t H, int64_t W, int64_t w,
-                         const float *grad, const int32_t *where, int64_t F, int64_t Q, float *dweight, float *dbias)
+/* gradient[0..STRETCH) += sum over k of grad[k] times the patch at where[k], from its d-th value on. patches (side * across, D). */
+static inline __attribute__((always_inline)) void
+gather_gradient(const float *patches, int64_t D, const float *grad, const int32_t *place, int64_t Q, float *gradient)
 {
-    int64_t D = C * w * w;
-    int32_t offset[TOGETHER];
-    for (int64_t n = 0; n < count; n++, images += C * H * W)
-        for (int64_t f = 0; f < F; f++, grad += Q, where += Q) {
-            float *to = dweight + f * D;
-            float total = 0;
-            for (int64_t k = 0; k < Q; k++) total += grad[k];
-            dbias[f] += total;
-            if (w % 4 == 0 && D % (4 * TOGETHER) == 0) { /* colour and the usual widths: a stretch is kept in registers */
-                for (int64_t d = 0; d < D; d += 4 * TOGETHER) {
-                    v4 sum[TOGETHER];
-                    for (int i = 0; i < TOGETHER; i++) {
-                        int64_t at = d + 4 * i;
-                        offset[i] = (int32_t)((at / (w * w) * H + at / w % w) * W + at % w);
-                        sum[i] = *(v4 *)(to + at);
-                    }
-                    for (int64_t k = 0; k < Q; k++) {
-                        const float *from = images + where[k];
-                        for (int i = 0; i < TOGETHER; i++) sum[i] += *(const v4 *)(from + offset[i]) * grad[k];
-                    }
-                    for (int i = 0; i < TOGETHER; i++) *(v4 *)(to + d + 4 * i) = sum[i];
-                }
-                continue;
-            }
-            for (int64_t k = 0; k < Q; k++)
+    vf sum[PLACES][STRETCH / VL];
+    for (int p = 0; p < PLACES; p++)
+        for (int i = 0; i < STRETCH / VL; i++) sum[p][i] = (vf){0};
+    int64_t k = 0;
+    for (; k + PLACES <= Q; k += PLACES)
+        for (int p = 0; p < PLACES; p++)
+            for (int i = 0; i < STRETCH / VL; i++) sum[p][i] += *(const vf *)(patches + place[k + p] * D + i * VL) * grad[k + p];
+    for (; k < Q; k++)
+        for (int i = 0; i < STRETCH / VL; i++) sum[0][i] += *(const vf *)(patches + place[k] * D + i * VL) * grad[k];
+    for (int i = 0; i < STRETCH / VL; i++)
+        *(vf *)(gradient + i * VL) += (sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i]);
+}
+
+/* The gradient of the filters (F, C, w, w) and of the bias, added to dweight and dbias: grad and where are (count, F, Q).
+   scratch: side * across * D floats, and Q. */
+void khnb_conv_pool_back(const float *images, int64_t count, int64_t C, int64_t H, int64_t W, int64_t w,
+                         const float *grad, const int32_t *where, int64_t F, int64_t Q, float *dweight, float *dbias, float *scratch)
+{
+    int64_t D = C * w * w, side = H - w + 1, across = W - w + 1;
+    int32_t *place = (int32_t *)(scratch + side * across * D);
+    for (int64_t n = 0; n < count; n++, images += C * H * W) {
+        float *to = scratch; /* each patch in one piece */
+        for (int64_t y = 0; y < side; y++)
+            for (int64_t x = 0; x < across; x++)
                 for (int64_t c = 0; c < C; c++)
-                    for (int64_t r = 0; r < w; r++)
-                        for (int64_t j = 0; j < w; j++)
-                            to[(c * w + r) * w + j] += grad[k] * images[where[k] + (c * H + r) * W + j];
+                    for (int64_t r = 0; r < w; r++, to += w)
+                        for (int64_t j = 0; j < w; j++) to[j] = images[(c * H + y + r) * W + x + j];
+        for (int64_t f = 0; f < F; f++, grad += Q, where += Q) {
+            float total = 0;
+            for (int64_t k = 0; k < Q; k++) {
+                total += grad[k];
+                place[k] = where[k] / (int32_t)W * (int32_t)across + where[k] % (int32_t)W;
+            }
+            dbias[f] += total;
+            int64_t d = 0;
+            for (; d + STRETCH <= D; d += STRETCH) gather_gradient(scratch + d, D, grad, place, Q, dweight + f * D + d);
+            for (int64_t k = 0; k < Q && d < D; k++)
+                for (int64_t i = d; i < D; i++) dweight[f * D + i] += grad[k] * scratch[place[k] * D + i];
         }
+    }
 }
 
 static inline __attribute__((always_inline)) void

@@ -67,7 +67,7 @@ def _library():
     )
     library.khnb_learn.restype = number
     library.khnb_conv_pool.argtypes = [place] + [number] * 5 + [place] * 3 + [number] * 3 + [place, number] + [place] * 3
-    library.khnb_conv_pool_back.argtypes = [place] + [number] * 5 + [place] * 2 + [number] * 2 + [place] * 2
+    library.khnb_conv_pool_back.argtypes = [place] + [number] * 5 + [place] * 2 + [number] * 2 + [place] * 3
     library.khnb_conv_pool_images.argtypes = [place] + [number] * 5 + [place] * 4 + [number] * 2 + [place] * 3
     library.khnb_heads.argtypes = [place] * 2 + [number] * 3 + [ctypes.c_float] + [number] * 2 + [place] * 7
     for name in ("sizes", "gather", "scales", "conv_pool", "conv_pool_back", "conv_pool_images", "heads"):
@@ -200,8 +200,8 @@ class _ConvPool(torch.autograd.Function):
         slope = torch.zeros_like(scale) if of_scale or of_images and scale is not None else None
 
         def work(start, stop):
+            scratch = torch.empty((height - w + 1) * (width - w + 1) * channels * w * w + where[0, 0].numel())
             if of_images or of_scale:
-                scratch = torch.empty((height - w + 1) * (width - w + 1) * channels * w * w)
                 _library().khnb_conv_pool_images(
                     weight.data_ptr(), stop - start, channels, height, width, w, grad[start:].data_ptr(), where[start:].data_ptr(),
                     out[start:].data_ptr(), None if scale is None else scale[start:].data_ptr(), filters, where[0, 0].numel(),
@@ -212,7 +212,7 @@ class _ConvPool(torch.autograd.Function):
             dweight, dbias = torch.zeros(weight.shape), torch.zeros(filters)
             _library().khnb_conv_pool_back(
                 images[start:].data_ptr(), stop - start, channels, height, width, w, grad[start:].data_ptr(), where[start:].data_ptr(),
-                filters, where[0, 0].numel(), dweight.data_ptr(), dbias.data_ptr(),
+                filters, where[0, 0].numel(), dweight.data_ptr(), dbias.data_ptr(), scratch.data_ptr(),
             )
             return dweight, dbias
 
