@@ -532,7 +532,7 @@ def main(words: list[str]) -> None:
     same KH layer together; ``"head_seeds"`` is a list of the seeds of their classifiers, where these are not to be ``"seed"``. Models are
     attacked as well, with FGSM: ``"attacked"`` is ``false`` for not at all, one of :data:`ATTACKS` by name, or a list of attacks, objects with
     ``"attack"``, ``"confidence"`` and amounts as :func:`attack` takes them; with ``"audited": true`` they are audited at the R of the last FGSM
-    among them (:func:`audit`), and with ``"weights": false`` their weights are not kept. ``ValueError`` before anything runs where something is wrong.
+    among them (:func:`audit`), and with ``"weights": false`` their classifiers, by far the most of a model, are not kept. ``ValueError`` before anything runs where something is wrong.
     """
     asked = []
     for word in words:
@@ -629,7 +629,7 @@ def _afterwards(run: Run, models: list[dict], parameters: dict, attacked: list[d
         for each in looked_at:
             told += f", {audit(run, each, record)['results']['verdict']}"
         if not weights:
-            run.store.drop(record, "conv_weight", "linear_weight")
+            run.store.drop(record, "linear_weight")
         print(told, flush=True)
 
 

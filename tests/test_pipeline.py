@@ -750,7 +750,7 @@ class TestWithoutWeights:
         pipeline.main(words)
         store = Store(tmp_path / "store")
         (record,) = store.find("model")
-        assert sorted(record["arrays"]["dropped"]) == ["conv_weight", "linear_weight"] and store.find("audit") == []  # too few images for an R
+        assert list(record["arrays"]["dropped"]) == ["linear_weight"] and store.find("audit") == []  # too few images for an R
         pipeline.main(words)
         assert store.find("model") == [record] and "fgsm too-few" in capsys.readouterr().out
         for name in ("weights", "audited"):
