@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PAGE   := book/_build/html/index.html
 FAST   := not slow and not full
+# The group no-deps of pyproject.toml, which says why (a test compares them); older versions of pip know no groups.
+NO_DEPS := torchattacks
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JUPYTER_PLATFORM_DIRS := 1
@@ -26,6 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	  f"khnb needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}: try make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[book,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(NO_DEPS)
 	@touch $@
 
 book: $(READY) ## build the book, strictly, and print the page to open

@@ -6,7 +6,8 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,13 @@ HOSTS = [
 
 def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def without_dependencies() -> dict[str, Requirement]:
+    """What the Makefile installs with --no-deps, by canonical name: a list of requirements cannot say so to pip."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    assert list(groups) == ["no-deps"]
+    return {canonicalize_name(Requirement(line).name): Requirement(line) for line in groups["no-deps"]}
 
 
 def requirements() -> dict[str, Requirement]:
@@ -61,7 +69,7 @@ def project_files() -> list[Path]:
 
 
 def test_every_direct_requirement_is_pinned_within_its_range():
-    for name, requirement in requirements().items():
+    for name, requirement in (requirements() | without_dependencies()).items():
         assert name in pins(), f"{name} is in pyproject.toml but not pinned in constraints.txt: run `make freeze`"
         assert requirement.specifier.contains(pins()[name]), f"{name}=={pins()[name]} is outside {requirement.specifier}"
 
@@ -72,6 +80,31 @@ def test_environment_yml_says_the_same_as_pyproject():
     named = {canonicalize_name(Requirement(line).name): Requirement(line) for line in pip if line not in options}
     assert {n: str(r.specifier) for n, r in named.items()} == {n: str(r.specifier) for n, r in requirements().items()}
     assert options == ["--constraint constraints.txt", "--editable ."]
+
+
+def test_what_comes_without_dependencies_is_said_everywhere():
+    makefile = (ROOT / "Makefile").read_text()
+    names = re.search(r"^NO_DEPS := (.*)$", makefile, re.MULTILINE)[1].split()
+    assert {canonicalize_name(name) for name in names} == set(without_dependencies()) and names
+    assert not set(without_dependencies()) & set(requirements())
+    command = "-m pip install --quiet --constraint constraints.txt --no-deps $(NO_DEPS)"
+    assert makefile.count(command) == 1 and makefile.count("--no-deps") == 1
+    command = "#     pip install --constraint constraints.txt --no-deps " + " ".join(names)
+    assert command in (ROOT / "environment.yml").read_text().splitlines()
+
+
+def test_what_comes_without_dependencies_has_them_all_but_the_one_it_need_not_have():
+    """Where this fails because every declared version is met, the package can move to the extra ``test``."""
+    unmet = {}
+    for name in without_dependencies():
+        declared = {canonicalize_name(each.name): each for each in map(Requirement, metadata.requires(name))}
+        declared = {n: each for n, each in declared.items() if each.marker is None or each.marker.evaluate()}
+        unmet[name] = {n for n, each in declared.items() if not each.specifier.contains(pins()[n])}
+        assert set(declared) - unmet[name] <= set(requirements())
+    assert unmet == {"torchattacks": {"requests"}}
+    files = list(Path(find_spec("torchattacks").origin).parent.rglob("*.py"))
+    uses = re.compile(r"^\s*(import|from) requests\b", re.MULTILINE)
+    assert len(files) > 10 and not [path for path in files if uses.search(path.read_text())]
 
 
 def test_environment_yml_asks_for_the_same_python():
@@ -94,11 +127,12 @@ def test_everything_that_is_imported_is_required():
                 imported.add(node.module.split(".")[0])
     own = {"khnb", *(path.stem for path in ROOT.glob("tests/*.py"))}
     outside = imported - set(sys.stdlib_module_names) - own
-    distributions = packages_distributions()
+    distributions = metadata.packages_distributions()
+    named = {*requirements(), *without_dependencies()}
     unnamed = {
         module: distributions.get(module, "not installed")
         for module in outside
-        if not {canonicalize_name(name) for name in distributions.get(module, [])} & set(requirements())
+        if not {canonicalize_name(name) for name in distributions.get(module, [])} & named
     }
     assert not unnamed
 
