@@ -234,6 +234,7 @@ def cloud_shaded(rows: list[dict], names: dict[str, str]):
         shown = [row for row in rows if row.get(key) is not None]
         figure.colorbar(_scatter(ax, shown, c=[row[key] for row in shown], cmap="cividis"), ax=ax, label=called)
         ax.set_xlabel(r"robustness $\mathcal{R}$ (pixel range 0 to 1)")
+        ax.locator_params(axis="x", nbins=5)
     axes[0][0].set_ylabel("test accuracy")
     return figure
 

@@ -380,7 +380,7 @@ for record in run.store.full("attack", attack="pgd", confidence=0.8):
     asked = record["asked"]
     same = {(r["asked"]["step"], r["asked"]["radius"]): r["results"] for r in run.store.full("attack", attack="pgd", confidence=0.8, of=asked["of"])}
     if len(same) >= 6 and asked["radius"] == 0.1:
-        rows.append({"model": f"{asked['model']}, K={asked['K']}, n={asked['n']:g}", "step": f"{asked['step']:g}"} | {
+        rows.append({"model": f"{asked['model']}, K={asked['K']}, n={asked['n']:g}, seed {asked.get('head_seed', asked['seed'])}", "step": f"{asked['step']:g}"} | {
             f"S = {radius:g}": f"{found['fit']['R']:.5f} ± {found['fit']['R_err']:.5f} ({found['fit']['n_survived']} of {found['fit']['n']} never fooled)" if (found := same.get((asked["step"], radius))) and found["fit"]["status"] == "ok" else "none"
             for radius in (0.1, 0.12, 0.14)
         })
@@ -444,7 +444,7 @@ else:
 # ## 9.6 Robust, or only hard to attack?
 #
 # A first-order attack fails where the gradient leads nowhere, and a model can look robust for that reason alone {cite}`athalye2018`. So beside every $\mathcal R$ stands an audit of the same model
-# at that strength, on up to 300 of the images: the share that FGSM fools there (about half, by the meaning of $\mathcal R$), random signs in place of the gradient's (the worst of 20),
+# at that strength, on up to 300 of the images: the share that FGSM fools there (a third to a half: the curve is steepest before its middle), random signs in place of the gradient's (the worst of 20),
 # a gradient that goes around the patch normalisation instead of through it, PGD from the image and from five random points, APGD {cite}`croce2020` on two losses, and PGD in a ball large
 # enough for anything. Healthy is: no image without a gradient, noise far worse than FGSM, stronger attacks better but not by worlds, and nobody left in the large ball.
 
@@ -455,7 +455,7 @@ for record in audits:
     asked, found = record["asked"], record["results"]
     clean += found["verdict"] == "no sign of masking"
     rows.append({
-        "model": f"{asked['model']}, K={asked['K']}, w={asked['w']}" + (f", m={asked['m']}, p={asked['p']:g}" if asked["model"] == "LL" else "") + f", {asked['sigma']}, n={asked['n']:g}, pool {asked['w_pool']}",
+        "model": f"{asked['model']}, K={asked['K']}, w={asked['w']}" + (f", m={asked['m']}, p={asked['p']:g}" if asked["model"] == "LL" else "") + f", {asked['sigma']}, n={asked['n']:g}, pool {asked['w_pool']}, seed {asked['seed']}" + (f" and {asked['head_seed']}" if "head_seed" in asked else ""),
         "R": f"{found['epsilon']:.4f}", "no gradient": f"{found['zero_gradients']:.1%}", "noise": f"{found['noise']:.0%}", "FGSM": f"{found['fgsm']:.0%}",
         "around": f"{found['around']:.0%}" if "around" in found else "", "PGD": f"{found['pgd']:.0%}", "restarts": f"{found['restarts']:.0%}", "APGD": f"{found['apgd']:.0%}",
         "large ball": f"{found['unbounded']:.0%}", "verdict": found["verdict"], "record": f"`{record['id']}`",
