@@ -1,7 +1,8 @@
 """First-order attacks and the adversarial radius (section 7.1).
 
 Every function takes any module that maps images (B, C, H, W), float in [0, 1], to logits (B, classes), in eval mode.
-The loss is the cross-entropy of the logits. Attacked images are clipped to [0, 1] after every step, as is usual; the thesis says so of
+The loss is the cross-entropy of the logits, or, with ``loss="log-odds"``, what rises with it and keeps its gradient where the model is surer
+than single precision can say (:func:`log_odds`). Attacked images are clipped to [0, 1] after every step, as is usual; the thesis says so of
 FGSM alone, and ``clip=False`` takes its eqs. 7.4 and 7.5 at their word.
 
 ``norm`` measures distances: ``linf``, the thesis's, where a step goes along the sign of the gradient, or, to compare, ``l2`` (over all
@@ -24,10 +25,12 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def _check(model: nn.Module, images: Tensor, labels: Tensor, norm: str = "linf", **amounts) -> None:
+def _check(model: nn.Module, images: Tensor, labels: Tensor, norm: str, loss: str, **amounts) -> None:
     """``ValueError`` with one clear line for what cannot be attacked."""
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm={norm!r} is not valid: one of linf, l2")
+    if loss not in LOSSES:
+        raise ValueError(f"loss={loss!r} is not valid: one of {', '.join(LOSSES)}")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before an attack")
     if images.ndim != 4 or not images.is_floating_point():
@@ -54,18 +57,31 @@ def _check(model: nn.Module, images: Tensor, labels: Tensor, norm: str = "linf",
         raise ValueError("the model gives probabilities; attacks need logits (leave the softmax out)")
 
 
-def _look(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """u = log(sum of e^z over the other classes) - z_label, summed over images: the cross-entropy is log(1 + e^u).
+
+    Both rise the same way, but the gradient of the cross-entropy holds p - 1, which rounds to 0 from a confidence of 1 - 6e-8 in single
+    precision: what is left of it points elsewhere, and at still higher confidence nothing is.
+    """
+    label = F.one_hot(labels, logits.shape[1]).bool()
+    return (logits.masked_fill(label, torch.finfo(logits.dtype).min).logsumexp(1) - logits[label]).sum()
+
+
+#: what an attack raises: the thesis's loss, or :func:`log_odds`; summed, so that no image sees another
+LOSSES = {"cross-entropy": lambda logits, labels: F.cross_entropy(logits, labels, reduction="sum"), "log-odds": log_odds}
+
+
+def _look(model: nn.Module, images: Tensor, labels: Tensor, loss: str) -> tuple[Tensor, Tensor]:
     """Which images are classified right (B,), and the gradient, with one pass through the model."""
     x = images.detach().requires_grad_()
     with torch.enable_grad():
         logits = _logits(model, x)
-        loss = F.cross_entropy(logits, labels, reduction="sum")  # summed: no image sees another
-        return logits.detach().argmax(1) == labels, torch.autograd.grad(loss, x)[0]
+        return logits.detach().argmax(1) == labels, torch.autograd.grad(LOSSES[loss](logits, labels), x)[0]
 
 
-def gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Gradient of each image's cross-entropy with respect to that image: (B, C, H, W), dtype of the images."""
-    return _look(model, images, labels)[1]
+def gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: str = "cross-entropy") -> Tensor:
+    """Gradient of each image's loss with respect to that image: (B, C, H, W), dtype of the images."""
+    return _look(model, images, labels, loss)[1]
 
 
 def _lengths(x: Tensor, norm: str) -> Tensor:
@@ -102,7 +118,9 @@ def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return _logits(model, images).argmax(1) == labels
 
 
-def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon, norm: str = "linf", clip: bool = True) -> Tensor:
+def fgsm(
+    model: nn.Module, images: Tensor, labels: Tensor, epsilon, norm: str = "linf", clip: bool = True, loss: str = "cross-entropy"
+) -> Tensor:
     """Fast gradient sign method, eq. 7.3 (with ``norm="l2"`` the fast gradient method).
 
     images (B, C, H, W) float in [0, 1]; labels (B,) int64; epsilon >= 0 in units of the pixel range, a number or (B,).
@@ -112,19 +130,19 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon, norm: str = 
     if epsilon.shape not in ((), (len(images),)) or not (epsilon.isfinite() & (epsilon >= 0)).all():
         raise ValueError(f"epsilon is not valid: a finite number >= 0 is needed, or one for each of {len(images)} images")
     epsilon = epsilon.expand(len(images))
-    _check(model, images, labels, norm)
+    _check(model, images, labels, norm, loss)
     if len(images) == 0:
         return images.clone()
-    return _move(images, _ascent(gradient(model, images, labels), norm), epsilon, clip)
+    return _move(images, _ascent(gradient(model, images, labels, loss), norm), epsilon, clip)
 
 
-def _iterate(model, images, labels, step, radius, max_steps, stop_when_fooled, start, norm, clip):
+def _iterate(model, images, labels, step, radius, max_steps, stop_when_fooled, start, norm, clip, loss):
     """The loop of eqs. 7.4 and 7.5; returns the last iterates and the step of the first wrong one (-1: none)."""
     x = start.clone()
     steps = torch.full((len(images),), -1, dtype=torch.int64, device=images.device)
     active = torch.arange(len(images), device=images.device)
     for i in range(int(max_steps)):
-        right, found = _look(model, x[active], labels[active])
+        right, found = _look(model, x[active], labels[active], loss)
         first = active[~right]
         steps[first] = torch.where(steps[first] < 0, i, steps[first])
         if stop_when_fooled:
@@ -150,6 +168,7 @@ def _somewhere(images: Tensor, radius: float, norm: str, clip: bool) -> Tensor:
 def pgd(
     model: nn.Module, images: Tensor, labels: Tensor, step: float, radius: float, max_steps: int,
     stop_when_fooled: bool = True, random_start: bool = False, restarts: int = 1, norm: str = "linf", clip: bool = True,
+    loss: str = "cross-entropy",
 ) -> Tensor:
     """Projected gradient descent in a ball around the image, eq. 7.5.
 
@@ -158,7 +177,7 @@ def pgd(
     generator) instead of the image; with ``restarts`` > 1 images that are still right begin again elsewhere, so many times in all.
     Returns the attacked images, same shape and dtype. ``ValueError`` on bad input.
     """
-    _check(model, images, labels, norm, step=step, radius=radius, max_steps=max_steps, restarts=restarts)
+    _check(model, images, labels, norm, loss, step=step, radius=radius, max_steps=max_steps, restarts=restarts)
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts={restarts} is not valid without random_start=True: all of them would be the same")
     found, left = images.clone(), torch.arange(len(images), device=images.device)
@@ -167,38 +186,39 @@ def pgd(
             break
         x, y = images[left], labels[left]
         start = _somewhere(x, radius, norm, clip) if random_start else x
-        found[left] = _iterate(model, x, y, step, radius, max_steps, stop_when_fooled, start, norm, clip)[0]
+        found[left] = _iterate(model, x, y, step, radius, max_steps, stop_when_fooled, start, norm, clip, loss)[0]
         left = left[_right(model, found[left], y)] if restarts > 1 else left
     return found
 
 
 def ifgsm(
     model: nn.Module, images: Tensor, labels: Tensor, step: float, max_steps: int, stop_when_fooled: bool = True,
-    norm: str = "linf", clip: bool = True,
+    norm: str = "linf", clip: bool = True, loss: str = "cross-entropy",
 ) -> Tensor:
     """Iterative FGSM, eq. 7.4: :func:`pgd` in a ball that no step leads out of."""
-    return pgd(model, images, labels, step, 1.01 * step * max_steps, max_steps, stop_when_fooled, norm=norm, clip=clip)
+    return pgd(model, images, labels, step, 1.01 * step * max_steps, max_steps, stop_when_fooled, norm=norm, clip=clip, loss=loss)
 
 
 def pgd_radius(
-    model: nn.Module, images: Tensor, labels: Tensor, step: float, radius: float, max_steps: int, norm: str = "linf", clip: bool = True
+    model: nn.Module, images: Tensor, labels: Tensor, step: float, radius: float, max_steps: int, norm: str = "linf", clip: bool = True,
+    loss: str = "cross-entropy",
 ) -> tuple[Tensor, Tensor]:
     """Distance and number of steps at PGD's first wrong iterate, starting at the image.
 
     Returns ``(radii, steps)``, (B,) float64 and (B,) int64: 0 and 0 where the image itself is wrong, ``inf`` and -1 where no
     iterate up to ``max_steps`` is. Arguments as in :func:`pgd`.
     """
-    _check(model, images, labels, norm, step=step, radius=radius, max_steps=max_steps)
+    _check(model, images, labels, norm, loss, step=step, radius=radius, max_steps=max_steps)
     if len(images) == 0:
         return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
-    x, steps = _iterate(model, images, labels, step, radius, max_steps, True, images, norm, clip)
+    x, steps = _iterate(model, images, labels, step, radius, max_steps, True, images, norm, clip, loss)
     distance = _lengths(x.double() - images.double(), norm).flatten()
     return torch.where(steps < 0, math.inf, distance), steps
 
 
 def fgsm_radius(
     model: nn.Module, images: Tensor, labels: Tensor, eps_max: float = 1.0, scan: float = 1e-3, tol: float = 1e-6,
-    norm: str = "linf", clip: bool = True,
+    norm: str = "linf", clip: bool = True, loss: str = "cross-entropy",
 ) -> Tensor:
     """The adversarial radius along the ray of :func:`fgsm`: the smallest strength that fools the model.
 
@@ -210,13 +230,13 @@ def fgsm_radius(
     Returns (B,) float64: 0 where the image itself is wrong, ``inf`` where it is right at every scanned strength up to
     ``eps_max``. A crossing and return within one scan interval goes unseen. ``ValueError`` on bad input.
     """
-    _check(model, images, labels, norm, eps_max=eps_max, scan=scan, tol=tol)
+    _check(model, images, labels, norm, loss, eps_max=eps_max, scan=scan, tol=tol)
     out = torch.zeros(len(images), dtype=torch.float64, device=images.device)
     if len(images) == 0:
         return out
     grain = max(1, round(scan / tol))
     last = int(eps_max / tol + 0.5)
-    right, found = _look(model, images, labels)
+    right, found = _look(model, images, labels, loss)
     active, direction = torch.nonzero(right)[:, 0], _ascent(found, norm)
     wrong_at = torch.full((len(images),), -1, dtype=torch.int64, device=images.device)
     right_at = torch.zeros_like(wrong_at)

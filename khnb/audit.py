@@ -38,7 +38,7 @@ def audit(model: Network, images: Tensor, labels: Tensor, epsilon: float, seed: 
 
     - ``zero_gradients``: images of which no pixel has a gradient, and ``zero_pixels``: pixels without, on average;
     - ``noise``: fooled by the worst of 20 random signs of every pixel; ``fgsm``: by FGSM at any strength up to epsilon;
-      ``around``: the same with the gradient of :class:`Around` (LL models only);
+      ``log_odds``: the same along the gradient of :func:`khnb.attacks.log_odds`; ``around``: with the gradient of :class:`Around` (LL models only);
     - ``pgd``: by PGD from the image (``steps`` of epsilon / 10), ``restarts``: or from ``restarts`` random points; ``apgd``: by the APGD
       of torchattacks with the same number of steps, on the cross-entropy or on the difference of logits ratio;
     - ``unbounded``: by PGD in a ball of radius 0.5, in ``5 * steps`` steps: anything below 1 needs an explanation.
@@ -63,6 +63,7 @@ def audit(model: Network, images: Tensor, labels: Tensor, epsilon: float, seed: 
         signs = (torch.randint(0, 2, images.shape, device=images.device) * 2.0 - 1 for _ in range(NOISES))
         found["noise"] = share(torch.stack([fooled((images + epsilon * sign).clamp(0, 1)) for sign in signs]).any(0))
         found["fgsm"] = share(attacks.fgsm_radius(model, images, labels, epsilon, scan=min(1e-3, epsilon)) <= epsilon)
+        found["log_odds"] = share(attacks.fgsm_radius(model, images, labels, epsilon, scan=min(1e-3, epsilon), loss="log-odds") <= epsilon)
         if isinstance(model.conv, KHConv2d) and model.head.pooling == "first":
             found["around"] = share(attacks.fgsm_radius(Around(model), images, labels, epsilon, scan=min(1e-3, epsilon)) <= epsilon)
         amounts = dict(step=epsilon / 10, radius=epsilon, max_steps=steps)
@@ -92,6 +93,7 @@ def verdict(found: dict[str, float], images: int) -> str:
         "iterating does not help": found["pgd"] < found["fgsm"] - margin,
         "noise is as good as the gradient": found["noise"] > found["fgsm"] - margin,
         "the gradient around the normalisation is better": found.get("around", 0.0) > found["fgsm"] + margin,
+        "confidence beyond the precision hides the gradient": found.get("log_odds", 0.0) > found["fgsm"] + margin,
         "restarts find much more": found["restarts"] > found["pgd"] + 2 * margin,
         "APGD finds much more": found["apgd"] > found["restarts"] + 2 * margin,
         "a large ball does not suffice": found["unbounded"] < 0.99,

@@ -130,7 +130,8 @@ plt.close(fig)
 # ```
 #
 # Attacks fail silently, and then look like robustness {cite}`athalye2018`. Four precautions are built in here. The loss is
-# taken of the logits, not of softmax outputs that have rounded to 0 and 1. Images whose gradient vanishes stay where
+# taken of the logits, not of softmax outputs that have rounded to 0 and 1 (and where a model is so sure that even the gradient rounds, `loss="log-odds"` has a
+# direction that the cross-entropy has lost). Images whose gradient vanishes stay where
 # they are and are counted as never fooled. As a prediction may become wrong and right again as $\varepsilon$ grows, the
 # search for $\rho$ scans upwards and only then refines the *first* crossing. And success is always checked by predicting
 # the finished image again. Stronger attacks exist, such as that of Carlini and Wagner {cite}`carlini2017`, and toolboxes that hold

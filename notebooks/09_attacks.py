@@ -445,7 +445,7 @@ else:
 #
 # A first-order attack fails where the gradient leads nowhere, and a model can look robust for that reason alone {cite}`athalye2018`. So beside every $\mathcal R$ stands an audit of the same model
 # at that strength, on up to 300 of the images: the share that FGSM fools there (a third to a half: the curve is steepest before its middle), random signs in place of the gradient's (the worst of 20),
-# a gradient that goes around the patch normalisation instead of through it, PGD from the image and from five random points, APGD {cite}`croce2020` on two losses, and PGD in a ball large
+# the gradient of the log-odds, which is not lost where the model is surer than single precision can say, a gradient that goes around the patch normalisation instead of through it, PGD from the image and from five random points, APGD {cite}`croce2020` on two losses, and PGD in a ball large
 # enough for anything. Healthy is: no image without a gradient, noise far worse than FGSM, stronger attacks better but not by worlds, and nobody left in the large ball.
 
 # %% tags=["remove-input"]
@@ -457,7 +457,7 @@ for record in audits:
     rows.append({
         "model": f"{asked['model']}, K={asked['K']}, w={asked['w']}" + (f", m={asked['m']}, p={asked['p']:g}" if asked["model"] == "LL" else "") + f", {asked['sigma']}, n={asked['n']:g}, pool {asked['w_pool']}, seed {asked['seed']}" + (f" and {asked['head_seed']}" if "head_seed" in asked else ""),
         "R": f"{found['epsilon']:.4f}", "no gradient": f"{found['zero_gradients']:.1%}", "noise": f"{found['noise']:.0%}", "FGSM": f"{found['fgsm']:.0%}",
-        "around": f"{found['around']:.0%}" if "around" in found else "", "PGD": f"{found['pgd']:.0%}", "restarts": f"{found['restarts']:.0%}", "APGD": f"{found['apgd']:.0%}",
+        "log-odds": f"{found['log_odds']:.0%}" if "log_odds" in found else "", "around": f"{found['around']:.0%}" if "around" in found else "", "PGD": f"{found['pgd']:.0%}", "restarts": f"{found['restarts']:.0%}", "APGD": f"{found['apgd']:.0%}",
         "large ball": f"{found['unbounded']:.0%}", "verdict": found["verdict"], "record": f"`{record['id']}`",
     })
 Markdown((f"{clean} of {len(rows)} audited models show no sign of masking.\n\n" + tables.markdown(rows)) if rows else "The store holds no audits.")

@@ -418,6 +418,24 @@ class TestL2:
                 attack(linear(3, 0), grey(2, 0), torch.tensor([0, 1]), norm="l1")
 
 
+class TestLogOdds:
+    def test_rises_along_the_same_direction(self):
+        """In exact arithmetic each image's gradient is a positive multiple of the cross-entropy's."""
+        model, images = tanh_net(3), grey(30, 3, 0.5)
+        labels = labels_of(model, images)
+        one, two = (gradient(model, images, labels, loss).flatten(1) for loss in ("cross-entropy", "log-odds"))
+        ratio = (two / one)[:, :1]
+        torch.testing.assert_close(two, one * ratio)
+        assert (ratio > 0).all()
+        assert torch.equal(fgsm(model, images, labels, 0.05), fgsm(model, images, labels, 0.05, loss="log-odds"))
+        for one, two in zip(*(pgd_radius(model, images, labels, **PGD, loss=loss) for loss in ("cross-entropy", "log-odds")), strict=True):
+            assert torch.equal(one, two)
+
+    def test_another_loss(self):
+        with pytest.raises(ValueError, match="loss='hinge' is not valid: one of cross-entropy, log-odds"):
+            fgsm(linear(3, 0), grey(2, 0), torch.tensor([0, 1]), 0.1, loss="hinge")
+
+
 class TestWithoutClipping:
     """Eqs. 7.4 and 7.5 as printed, for which the thesis mentions no clipping."""
 

@@ -52,7 +52,7 @@ def test_of_an_honest_model(digit_models, kind):
     assert verdict(found, len(images)) == "no sign of masking"
     assert found["zero_gradients"] == 0 and found["noise"] < 0.2 and found["unbounded"] == 1
     assert 0.45 <= found["fgsm"] <= 0.55 and found["fgsm"] <= found["pgd"] <= found["restarts"]
-    assert ("around" in found) == (kind == "LL")
+    assert ("around" in found) == (kind == "LL") and found["log_odds"] == found["fgsm"]
 
 
 def test_around_has_the_same_logits_and_another_gradient(digit_models):
@@ -96,7 +96,7 @@ def test_of_a_model_with_a_wrong_gradient(digit_models):
 @pytest.mark.parametrize(
     "changed, said",
     [
-        (dict(pgd=0.4, restarts=0.42, apgd=0.43), "iterating does not help"), (dict(noise=0.5), "noise is as good"), (dict(around=0.7), "around the normalisation"),
+        (dict(pgd=0.4, restarts=0.42, apgd=0.43), "iterating does not help"), (dict(noise=0.5), "noise is as good"), (dict(around=0.7), "around the normalisation"), (dict(log_odds=0.6), "confidence beyond the precision"),
         (dict(restarts=0.9), "restarts find much more"), (dict(apgd=0.9), "APGD finds much more"), (dict(unbounded=0.9), "a large ball"),
         (dict(zero_gradients=0.02), "2% of the images have no gradient"),
     ],
