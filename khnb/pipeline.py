@@ -27,7 +27,7 @@ from khnb import data as datasets
 from khnb.data import Dataset
 from khnb.heads import Head, logits, train_heads
 from khnb.native import cache_dir
-from khnb.results import Rows, Store, atomic_write, record_id
+from khnb.results import Rows, Store, atomic_write, code_version, record_id
 from khnb.settings import DTYPES, PARAMETERS, ConvSettings, HeadSettings, check, check_geometry
 
 SNAPSHOTS = (0, 1, 2, 4, 8, 15, 30)  # epochs
@@ -102,6 +102,9 @@ class Run:
     note: Callable[[str], None] = print
     evidence: bool = False
     bare: bool = False
+
+    def __post_init__(self):
+        code_version()  # that of the code as it is now, not as it may be when a long computation ends
 
     @classmethod
     def of(cls, parameters: dict, **more) -> Run:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from khnb import attacks, learning, pipeline, robustness, training
+from khnb import attacks, learning, pipeline, results, robustness, training
 from khnb import data as datasets
 from khnb.pipeline import Checkpoint, Run, bp_model, conv_layer, conv_layers, attack, ll_model, models_of, network, pick_device
 from khnb.results import Store, record_id
@@ -681,6 +681,18 @@ class TestTogether:
         assert asked["fgsm"]["confidence"] == 0.2 and asked["pgd"]["confidence"] == 0.1
         assert [asked["pgd"][name] for name in ("step", "radius", "max_steps")] == [0.01, 0.1, 5]
         assert "fgsm too-few, pgd too-few" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_code_when_a_run_began(tiny, tmp_path, monkeypatch):
+    results.code_version.cache_clear()
+    run = Run(tiny, Store(tmp_path), "cpu", lambda text: None)
+    before = results.code_version()
+    monkeypatch.setattr(results.Path, "read_bytes", lambda self: b"changed while a model was trained")
+    assert run.store.put("layer", {}, tiny, {}, {}, 1.0)["code"] == before
+    results.code_version.cache_clear()
+    assert results.code_version()["source"] != before["source"]
+    monkeypatch.undo()
+    results.code_version.cache_clear()
 
 
 class TestAudit:
