@@ -1,4 +1,4 @@
-"""Adversarial radii against foolbox and torchattacks: ``python benchmarks/attacks.py [threads] [--images N] [--plain]``.
+"""Adversarial radii against foolbox and torchattacks: ``python benchmarks/attacks.py [threads] [--images N] [--counted M] [--plain]``.
 
 On the LL and the BP model named in ``MODELS``, from the store (``KHNB_RESULTS``), and the first N (200) test images
 of the full CIFAR-10 (``KHNB_DATA``) that a model gets right and is at least 80% sure of. Everyone attacks the same
@@ -13,9 +13,10 @@ take a strength for each image: torchattacks as ``eps`` of shape (B, 1, 1, 1), f
 (neither says so). Around that call, by us:
 
 - bisection: 20 halvings of [0, 1], all images of a part at once. It takes for granted that an image stays fooled once
-  it is; those where it ends elsewhere than at the first crossing, by more than 2e-6, are counted ("other radius"),
-  among them those where no strength it tried fools the model, and smaller ones: a crossing and return within 1e-3,
-  which khnb's scan does not see;
+  it is. Those where it ends elsewhere than at khnb's radius, by more than 2e-6, are counted ("other radius"); those
+  that are later by more than 1e-3, or where no strength it tried fools the model, missed the first crossing. The
+  rest is mostly rounding: torchattacks takes the mean loss, the others the sum, and so now and then another of two
+  nearly equal activities wins its pooling window and turns a sign. The table by upper ends is of M images (N);
 - grid and halvings: strengths 1e-3, 2e-3, ..., an image leaves once it is fooled, then 10 halvings of its interval.
   What khnb does, with their call: the cheapest way around it that finds first crossings;
 - grid and grids: a list of strengths as foolbox takes it (``epsilons``), 1e-3, 2e-3, ... up to the largest radius of
@@ -229,9 +230,9 @@ def choose(model, dataset, count):
 
 
 def differ(radii, first):
-    """Cells: how many radii are others than the first crossings, how many of them inf or smaller, by how much the rest are off."""
+    """Cells: how many radii are others than the first crossings, how many of them far later; by how much, where finite."""
     other = torch.where(radii == first, 0, (radii - first).abs()) > 2 * TOL
-    counts = f"{int(other.sum())} | {int((other & radii.isinf()).sum())} | {int((other & (radii < first)).sum())} | "
+    counts = f"{int(other.sum())} | {int((other & (radii > first + SCAN)).sum())} | "
     off = (radii - first)[other & radii.isfinite() & first.isfinite()].abs()
     return counts + (f"{off.median():.3g} | {off.max():.3g}" if len(off) else "|")
 
@@ -316,12 +317,7 @@ def compare(name, model, parts, plain, tables):
         sums = (scans + refined).mean().item()
         print(f"{name}, {title}: grid and halvings by the arithmetic {sums:.1f} strengths x {each:.3g} ms = {sums * each:.3g} ms")
         for text, tried in (("grid and grids", math.ceil(largest / SCAN - 1e-9) + 27), ("grid of 1e-6", round(largest / TOL))):
-            row("fgsm", f"{title}, {text}", tried * each, f"{tried:,} x {each:.3g}", "||||", base=ours)
-    for top in TOPS if peers else ():
-        tell(f"{name}: bisection of [0, {top:g}]")
-        title, peer = next(iter(peers.items()))
-        got = found[title, "bisection"] if top == TOP else torch.cat([bisection(peer, *part, top) for part in parts])
-        tables["tops"].append(f"| {name} | {top:g} | {len(got)} | {differ(got, reference)} |")
+            row("fgsm", f"{title}, {text}", tried * each, f"{tried:,} x {each:.3g}", "|||", base=ours)
 
     # PGD
     first, ours, reference = found["khnb", "PGD"], ms["khnb", "PGD"], found[ours_too, "PGD"]
@@ -383,14 +379,26 @@ def compare(name, model, parts, plain, tables):
     )
 
 
+def misses(name, model, parts, tables):
+    """How many first crossings bisection misses, by its upper end."""
+    kinds = [kind for kind in (Foolbox, Torchattacks) if importlib.util.find_spec(kind.__name__.lower())]
+    first = torch.cat([attacks.fgsm_radius(model, *part, TOP, SCAN, TOL) for part in parts]) if kinds else None
+    for top in TOPS if kinds else ():
+        found = []
+        for j, part in enumerate(parts):
+            tell(f"{name}: bisection of [0, {top:g}], part {j + 1} of {len(parts)}")
+            found.append(bisection(kinds[0](model), *part, top))
+        tables["tops"].append(f"| {name} | {top:g} | {len(first)} | {differ(torch.cat(found), first)} |")
+
+
 HEADS = {
     "fgsm": (
         "FGSM radii to 1e-6",
-        "model | way | ms an image | / khnb | from: strengths x ms | other radius | none found | smaller | off by, median | largest",
+        "model | way | ms an image | / khnb | from: strengths x ms | other radius | first missed | off by, median | largest",
     ),
     "tops": (
         "Bisection by its upper end",
-        "model | upper end | images | other radius | none found | smaller | off by, median | largest",
+        "model | upper end | images | other radius | first missed | off by, median | largest",
     ),
     "pgd": ("PGD radii", "model | way | ms an image | / khnb | from: steps x ms + forwards x ms | gives | other step"),
     "curve": (
@@ -412,6 +420,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Adversarial radii against foolbox and torchattacks")
     parser.add_argument("threads", type=int, nargs="?", default=torch.get_num_threads())
     parser.add_argument("--images", type=int, default=200, help="images of each model (200)")
+    parser.add_argument("--counted", type=int, help="images of each model to count what bisection misses (as many)")
     parser.add_argument("--plain", action="store_true", help="let the others attack the network written with plain torch modules")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -433,6 +442,7 @@ def main() -> None:
         parts = choose(model, dataset, given.images)
         print(f"{name}: record {records[0]['id']}, parts of {len(parts[0][1])} images")
         compare(name, model, parts, given.plain, tables)
+        misses(name, model, choose(model, dataset, given.counted or given.images), tables)
     tell("")
     for name, (title, head) in HEADS.items():
         if name == "product" and given.plain:
