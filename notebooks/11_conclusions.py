@@ -84,7 +84,7 @@ glue("answer-so-far", HTML(tables.html(rows) if rows else f"<p>{none}</p>"))  # 
 #   wide filters are what makes LL models robust, such a model might have both.
 # - **Deeper** networks: nothing but the link to associative memories demands a single layer of filters.
 # - **Pruning** the filters that never became features, instead of discarding whole layers.
-# - Why **BP models with steep activation functions** (ELU to the power 10 to 16, wide filters) are so robust, and whether
-#   they are, or only hide their gradients from the attack {cite}`athalye2018`.
-# - **Stronger attacks**: random restarts, smaller balls, other norms.
+# - Why **BP models with steep activation functions** (ELU to the power 10 to 16, wide filters) are so robust. That they only hide their gradients from the
+#   attack {cite}`athalye2018` is unlikely: those trained here are as robust, and an audit of the first finds no sign of it ([chapter 9](#masking)).
+# - **Stronger attacks** as the measure itself, and other norms: so far they serve to audit a few models.
 # - The **mechanism** behind the trade-off, hyperparameter by hyperparameter.
