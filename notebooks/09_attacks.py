@@ -464,7 +464,7 @@ Markdown((f"{clean} of {len(rows)} audited models show no sign of masking.\n\n" 
 
 # %% [markdown]
 # Two things stand out. Where the attack follows the gradient *around* the patch normalisation it is nearly as weak as noise: the way through the norms is the way in, and a study that
-# takes them for constants would find LL models several times as robust. And the BP models of the thesis's third region (wide filters, ELU to the power 12), which it found so
+# takes them for constants would find LL models far more robust than they are. And the BP models of the thesis's third region (wide filters, ELU to the power 12), which it found so
 # robust that it wondered why, show no more signs of masking than the others: their gradients lead where they should, and stronger attacks gain as they do elsewhere.
 
 # %% [markdown]
