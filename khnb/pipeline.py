@@ -26,7 +26,7 @@ from khnb import data as datasets
 from khnb.data import Dataset
 from khnb.heads import Head, logits, train_heads
 from khnb.native import cache_dir
-from khnb.results import Store, atomic_write, record_id
+from khnb.results import Store, atomic_write, code_version, record_id
 from khnb.settings import DTYPES, PARAMETERS, ConvSettings, HeadSettings, check, check_geometry
 
 SNAPSHOTS = (0, 1, 2, 4, 8, 15, 30)  # epochs
@@ -115,6 +115,16 @@ class Run:
             self.note(f"{what}: record {record['id']} from the store, computed on {origin}, {record['started'][:10]}.")
         return record
 
+    def failure(self, kind: str, asked: dict) -> str | None:
+        """Why exactly this came to nothing, with the code as it is now, if it was tried; a change of the code may have cured it."""
+        record = self.store.get("failure", dict(of=kind) | asked, self.data)
+        return record["results"]["reason"] if record and record["code"]["source"] == code_version()["source"] else None
+
+    def put_failure(self, kind: str, asked: dict, reason: str, history: list[dict], wall_s: float) -> None:
+        """A record that this was tried and why it came to nothing."""
+        results, device = dict(reason=reason, history=_finite(history)), pick_device(self.device)
+        self.store.put("failure", dict(of=kind) | asked, self.data, results=results, arrays={}, wall_s=wall_s, device=device)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, side and number of classes of the images."""
@@ -199,7 +209,7 @@ def collapse_probes(run: Run, convs: list[ConvSettings], seeds: int, until: int)
     All of them go in lockstep, on the same patches; the seeds 0 to seeds - 1 decide the initial filters (``conv.seed`` is not
     looked at). With a small ``conv_share`` and many ``conv_epochs`` an epoch is a short stretch of the way.
     """
-    asked = [{k: v for k, v in conv.dict().items() if k != "seed"} | dict(seeds=seeds, until=until) for conv in convs]
+    asked = [probe_asked(conv, seeds, until) for conv in convs]
     found = [run.find("probe", one, "probe") for one in asked]
     missing = [i for i, record in enumerate(found) if record is None]
     if missing:
@@ -217,6 +227,11 @@ def collapse_probes(run: Run, convs: list[ConvSettings], seeds: int, until: int)
             )
         _lockstep_checkpoint(run, each, "probe").clear()
     return found
+
+
+def probe_asked(conv: ConvSettings, seeds: int, until: int) -> dict:
+    """What the record of a probe says was asked."""
+    return {k: v for k, v in conv.dict().items() if k != "seed"} | dict(seeds=seeds, until=until)
 
 
 def _images(run: Run, head: HeadSettings):
@@ -256,24 +271,31 @@ def ll_models(
     heads train (``float16`` and ``bfloat16`` halve their memory), in at most ``memory`` GiB; but for ``exact`` a stored model is taken
     with any of them.
     ``results.history`` of a record has the time of its share: that of an epoch divided by the number of heads in it.
-    Raises ``FloatingPointError`` where the loss of a head stops being finite, after the others are stored.
+    Raises ``FloatingPointError`` where the loss of a head stops being finite, after the others are stored and a record of the failure.
     """
     for head in heads:
         check_geometry(run.shape[1], conv.w, head.w_pool)
-    asked = {head: _asked(conv, head) for head in heads}
+    asked = {head: ll_asked(conv, head) for head in heads}
     found = {}
     for head, ask in asked.items():
         stored = (run.find("model", ask | dict(feature_dtype=dtype), "LL model") for dtype in dict.fromkeys([feature_dtype, *(() if exact else DTYPES)]))
         found[head] = next((record for record in stored if record), None)
     groups: dict[int, list[HeadSettings]] = {}
+    stopped = []
     for head in found:
         if found[head] is None:
-            groups.setdefault(head.held_out, []).append(head)
-    stopped = []
+            reason = run.failure("model", asked[head] | dict(feature_dtype=feature_dtype))
+            if reason:
+                stopped.append(reason)
+            else:
+                groups.setdefault(head.held_out, []).append(head)
     for held_out, group in groups.items():
         layer = conv_layer(run, conv)
         trained, wall_s = _train_group(run, conv, layer, group, feature_dtype, memory)
-        stopped += [f"{one.stopped} (sigma={one.network.head.sigma}, n={one.network.head.n:g})" for one in trained if one.stopped]
+        for one in trained:
+            if one.stopped:
+                stopped.append(f"{one.stopped} (sigma={one.network.head.sigma}, n={one.network.head.n:g})")
+                run.put_failure("model", asked[one.network.head] | dict(feature_dtype=feature_dtype), stopped[-1], one.history, wall_s)
         trained = [one for one in trained if not one.stopped]
         for one, said in zip(trained, zip(*(logits(trained, images) for images in _told(run, held_out)), strict=True), strict=True):
             found[one.network.head] = _put_model(
@@ -286,7 +308,7 @@ def ll_models(
     return [found[head] for head in heads]
 
 
-def _asked(conv: ConvSettings, head: HeadSettings) -> dict:
+def ll_asked(conv: ConvSettings, head: HeadSettings) -> dict:
     """The hyperparameters of an LL model. Those that layer and head both have are there once, unless they differ: then ``seed`` is
     the layer's and ``head_seed`` the head's, and so for the constants of the schedules."""
     own, others = conv.dict(), head.dict()
@@ -332,10 +354,13 @@ def ll_model(run: Run, conv: ConvSettings, head: HeadSettings, feature_dtype: st
 def bp_model(run: Run, K: int, w: int, head: HeadSettings, train: bool = True) -> dict | None:
     """Record of the BP model with these settings: the store's, else trained end to end, else (``train=False``) ``None``."""
     check_geometry(run.shape[1], w, head.w_pool)
-    asked = dict(model="BP", K=K, w=w, **head.dict())
+    asked = bp_asked(K, w, head)
     record = run.find("model", asked, "BP model")
     if record or not train:
         return record
+    reason = run.failure("model", asked)
+    if reason:
+        raise FloatingPointError(reason)
     started, device = time.perf_counter(), pick_device(run.device)
     model = models.bp_network(K, w, head, *run.shape).to(device).train()
     checkpoint = Checkpoint(record_id("model", asked, run.data.sha256))
@@ -350,7 +375,12 @@ def bp_model(run: Run, K: int, w: int, head: HeadSettings, train: bool = True) -
             bar.set_postfix(loss=state["history"][-1]["loss"], accuracy=state["history"][-1]["accuracy"])
             checkpoint.save(lambda: state)
 
-        history = training.train(model, images, labels, state, after_epoch)
+        try:
+            history = training.train(model, images, labels, state, after_epoch)
+        except FloatingPointError as error:
+            run.put_failure("model", asked, str(error), [], time.perf_counter() - started)
+            checkpoint.clear()
+            raise
     wall_s = time.perf_counter() - started + sum(row["seconds"] for row in history[:done])
     said = [training.predict(model.eval(), images) for images in _told(run, head.held_out)]
     record = _put_model(run, asked, model, said, history, wall_s, device)
@@ -358,7 +388,13 @@ def bp_model(run: Run, K: int, w: int, head: HeadSettings, train: bool = True) -
     return record
 
 
-def _bp_head(parameters: dict) -> HeadSettings:
+def bp_asked(K: int, w: int, head: HeadSettings) -> dict:
+    """What the record of a BP model says was asked."""
+    return dict(model="BP", K=K, w=w, **head.dict())
+
+
+def bp_head(parameters: dict) -> HeadSettings:
+    """The head of the BP twin that a notebook's parameters ask for."""
     own = dict(sigma=parameters["bp_sigma"], head_epochs=parameters["bp_epochs"], head_batch=parameters["bp_batch"])
     return HeadSettings.of(parameters | own)
 
@@ -368,7 +404,7 @@ def models_of(run: Run, parameters: dict) -> dict[str, dict]:
     how = {name: parameters[name] for name in ("feature_dtype", "memory") if name in parameters}
     found = dict(LL=ll_model(run, ConvSettings.of(parameters), HeadSettings.of(parameters), **how))
     if parameters["bp"] != "none":
-        twin = bp_model(run, parameters["K"], parameters["w"], _bp_head(parameters), train=parameters["bp"] == "train")
+        twin = bp_model(run, parameters["K"], parameters["w"], bp_head(parameters), train=parameters["bp"] == "train")
         if twin:
             found["BP"] = twin
         else:
@@ -409,11 +445,8 @@ def attack(run: Run, model_record: dict, kind: str = "fgsm", confidence: float =
 
     Arrays: ``radii``; ``images``, their numbers in the test set; ``confidences``; of pgd ``steps``. ``ValueError`` for another kind or amount.
     """
-    if kind not in AMOUNTS:
-        raise ValueError(f"attack={kind!r} is not valid: one of {', '.join(AMOUNTS)}")
-    amounts = check({name: PARAMETERS[name].default for name in AMOUNTS[kind]} | amounts, AMOUNTS[kind])
-    amounts["confidence"] = check(dict(confidence=confidence))["confidence"]
-    asked = dict(model_record["asked"], attack=kind, **amounts, of=model_record["id"])
+    amounts = attack_amounts(kind, confidence, **amounts)
+    asked = attack_asked(model_record["asked"], model_record["id"], kind, amounts)
     name = f"{kind.upper()} on the {asked['model']} model"
     record = run.find("attack", asked, name)
     if record:
@@ -439,6 +472,19 @@ def attack(run: Run, model_record: dict, kind: str = "fgsm", confidence: float =
     if not wider:
         checkpoint.clear()
     return record
+
+
+def attack_amounts(kind: str, confidence: float, **amounts) -> dict:
+    """All that an attack is to be made with, checked: see :func:`attack`."""
+    if kind not in AMOUNTS:
+        raise ValueError(f"attack={kind!r} is not valid: one of {', '.join(AMOUNTS)}")
+    found = check({name: PARAMETERS[name].default for name in AMOUNTS[kind]} | amounts, AMOUNTS[kind])
+    return found | check(dict(confidence=confidence))
+
+
+def attack_asked(model: dict, id: str, kind: str, amounts: dict) -> dict:
+    """What the record of an attack says was asked, of a model with this ``asked`` and id."""
+    return dict(model, attack=kind, **amounts, of=id)
 
 
 def _attack_now(run: Run, model_record: dict, kind: str, amounts: dict, device, checkpoint: Checkpoint) -> dict:
@@ -490,6 +536,22 @@ def main(words: list[str]) -> None:
     attacked as well, with FGSM: ``"attacked"`` is ``false`` for not at all, or a list of attacks, objects with ``"attack"``, ``"confidence"``
     and amounts as :func:`attack` takes them. ``ValueError`` before anything runs where something is wrong.
     """
+    for job in [read_job(given) for given in read_asked(words)]:
+        run = Run.of(job.each[0])
+        if job.what in ("models", "bp"):
+            _models(run, job.each, job.what, job.attacked, job.head_seeds)
+            continue
+        convs = [ConvSettings.of(parameters) for parameters in job.each]
+        layers = job.what == "layers"
+        records = conv_layers(run, convs, job.snapshots, job.stop_collapsed) if layers else collapse_probes(run, convs, job.seeds, job.until)
+        for conv, record in zip(convs, records, strict=True):
+            results = record["results"]
+            told = f"f {results['f_score_1e4']:.2f}" if layers else f"{learning.fates(results, conv.K**2).count('collapsed')} of {job.seeds} collapsed"
+            print(f"K={conv.K} w={conv.w} p={conv.p:g} m={conv.m} delta={conv.delta:g}: {told} ({record['id']})", flush=True)
+
+
+def read_asked(words: list[str]) -> list[dict]:
+    """The JSON objects that these words are, or that the files they name hold. ``ValueError`` for what is no JSON."""
     asked = []
     for word in words:
         text = Path(word).read_text() if word.endswith(".json") else word
@@ -498,37 +560,46 @@ def main(words: list[str]) -> None:
         except ValueError as error:
             raise ValueError(f"{word} is no JSON ({error}); expected an object, or a file with a list of them") from error
         asked += found if isinstance(found, list) else [found]
-    defaults, jobs = {name: p.default for name, p in PARAMETERS.items()}, []
-    for given in asked:
-        given = dict(given)
-        what, seeds, until = given.pop("what", "models"), given.pop("seeds", 5), given.pop("until", 1)
-        snapshots, stop = given.pop("snapshots", list(SNAPSHOTS)), given.pop("stop_collapsed", False)
-        attacked, head_seeds = given.pop("attacked", True), given.pop("head_seeds", None)
-        if not isinstance(stop, bool):
-            raise ValueError(f"stop_collapsed={stop!r} is not valid: expected true or false")
-        attacked = _attacks(attacked)
-        lists = dict(snapshots=(snapshots, 0), head_seeds=([0] if head_seeds is None else head_seeds, 0))
-        for name, (numbers, least) in (dict(seeds=([seeds], 1), until=([until], 1)) | lists).items():
-            if not isinstance(numbers, list) or not all(type(number) is int and number >= least for number in numbers):
-                value = numbers if name in lists else numbers[0]
-                wanted = f"whole numbers >= {least}" if name in lists else f"a whole number >= {least}"
-                raise ValueError(f"{name}={value!r} is not valid: expected {'a list of ' if name in lists else ''}{wanted}")
-        if what not in ("models", "bp", "layers", "probes"):
-            raise ValueError(f"what={what!r} is not valid: one of models, bp, layers, probes")
-        jobs.append((what, [defaults | check(one) for one in expand(given)], seeds, until, snapshots, stop, attacked, head_seeds))
-        for parameters in jobs[-1][1]:
-            ConvSettings.of(parameters), HeadSettings.of(parameters), _bp_head(parameters)
-    for what, group, seeds, until, snapshots, stop, attacked, head_seeds in jobs:
-        run = Run.of(group[0])
-        if what in ("models", "bp"):
-            _models(run, group, what, attacked, head_seeds)
-            continue
-        convs = [ConvSettings.of(parameters) for parameters in group]
-        records = conv_layers(run, convs, snapshots, stop) if what == "layers" else collapse_probes(run, convs, seeds, until)
-        for conv, record in zip(convs, records, strict=True):
-            results = record["results"]
-            told = f"f {results['f_score_1e4']:.2f}" if what == "layers" else f"{learning.fates(results, conv.K**2).count('collapsed')} of {seeds} collapsed"
-            print(f"K={conv.K} w={conv.w} p={conv.p:g} m={conv.m} delta={conv.delta:g}: {told} ({record['id']})", flush=True)
+    return asked
+
+
+@dataclass
+class Job:
+    """One object of a grid, checked: ``each`` has all parameters of everything it stands for. See :func:`main`."""
+
+    what: str
+    each: list[dict]
+    seeds: int
+    until: int
+    snapshots: list[int]
+    stop_collapsed: bool
+    attacked: list[dict]
+    head_seeds: list[int] | None
+
+
+def read_job(given: dict) -> Job:
+    """An object of a grid; ``ValueError`` names the first thing that is wrong with it, before anything runs."""
+    given = dict(given)
+    what, seeds, until = given.pop("what", "models"), given.pop("seeds", 5), given.pop("until", 1)
+    snapshots, stop = given.pop("snapshots", list(SNAPSHOTS)), given.pop("stop_collapsed", False)
+    attacked, head_seeds = given.pop("attacked", True), given.pop("head_seeds", None)
+    if not isinstance(stop, bool):
+        raise ValueError(f"stop_collapsed={stop!r} is not valid: expected true or false")
+    attacked = _attacks(attacked)
+    lists = dict(snapshots=(snapshots, 0), head_seeds=([0] if head_seeds is None else head_seeds, 0))
+    for name, (numbers, least) in (dict(seeds=([seeds], 1), until=([until], 1)) | lists).items():
+        if not isinstance(numbers, list) or not all(type(number) is int and number >= least for number in numbers):
+            value = numbers if name in lists else numbers[0]
+            wanted = f"whole numbers >= {least}" if name in lists else f"a whole number >= {least}"
+            raise ValueError(f"{name}={value!r} is not valid: expected {'a list of ' if name in lists else ''}{wanted}")
+    if what not in ("models", "bp", "layers", "probes"):
+        raise ValueError(f"what={what!r} is not valid: one of models, bp, layers, probes")
+    defaults = {name: p.default for name, p in PARAMETERS.items()}
+    each = [defaults | check(one) for one in expand(given)]
+    for parameters in each:
+        ConvSettings.of(parameters), HeadSettings.of(parameters), bp_head(parameters)
+        check_geometry(datasets.SHAPE[-1], parameters["w"], parameters["w_pool"] if what in ("models", "bp") else 1)
+    return Job(what, each, seeds, until, snapshots, stop, attacked, head_seeds)
 
 
 def _attacks(given) -> list[dict]:
@@ -557,7 +628,7 @@ def _models(run: Run, group: list[dict], what: str, attacked: list[dict], head_s
     found = [record for (conv, *how), heads in together.items() for record in ll_models(run, conv, heads, *how, exact=True)]
     for parameters in group:
         if what == "bp" or parameters["bp"] != "none":
-            found.append(bp_model(run, parameters["K"], parameters["w"], _bp_head(parameters), what == "bp" or parameters["bp"] == "train"))
+            found.append(bp_model(run, parameters["K"], parameters["w"], bp_head(parameters), what == "bp" or parameters["bp"] == "train"))
     for record in filter(None, found):
         told = f"{record['asked']['model']} {record['id']}: accuracy {record['results']['test_accuracy']:.4f}"
         for one in attacked:

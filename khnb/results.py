@@ -28,7 +28,7 @@ import torch
 import khnb
 from khnb.settings import LATER, PARAMETERS
 
-KINDS = ("layer", "probe", "model", "attack", "timing")
+KINDS = ("layer", "probe", "model", "attack", "failure", "timing")
 COMPUTING = ("settings", "patches", "layer", "native", "learning", "models", "training", "attacks", "robustness")
 LIBRARIES = ("torch", "numpy", "scipy")
 

@@ -1,0 +1,144 @@
+"""From a grid, which is data, to groups that share computation, and what becomes of them."""
+
+import csv
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from khnb import sweeps
+from khnb.settings import ConvSettings
+
+ROOT = Path(__file__).parents[1]
+BOOK = json.loads((ROOT / "sweeps" / "thesis.json").read_text())["experiments"]
+
+
+def counts(grid: str, preset: str = "thesis") -> dict:
+    """Layers, heads, BP models and attacks of a grid."""
+    found = Counter()
+    for group in sweeps.groups(grid, preset):
+        found[group.kind] += group.count
+    return dict(found)
+
+
+class TestTheThesis:
+    def test_every_experiment_is_there_or_says_where_it_is(self):
+        with open(ROOT / "reference" / "experiments.csv") as file:
+            assert {row["id"] for row in csv.DictReader(file)} == set(BOOK)
+        for name, experiment in BOOK.items():
+            assert experiment["says"] and bool(experiment.get("jobs")) != bool(experiment.get("where")), name
+            for path in re.findall(r"(?:tests|benchmarks)/\w+\.py", experiment.get("where", "")):
+                assert (ROOT / path).is_file()
+
+    @pytest.mark.parametrize(
+        ("grid", "stated"),
+        [
+            ("E01", dict(layers=1)), ("E04", dict(layers=960)), ("E05", dict(layers=100)), ("E07", dict(layers=150)), ("E10", dict(bp=780)),
+            ("E06", dict(layers=100, heads=100 * 108)),  # of which 56 layers pass, in the thesis
+            ("E08", dict(layers=150, heads=150 * 85)), ("E08+E09", dict(layers=150, heads=150 * 126)),
+            ("E11", dict(layers=1, heads=1, attacks=1)), ("E14", dict(layers=1, heads=1, attacks=1)),
+            ("E19", dict(layers=160, heads=160 * 40)), ("E20", dict(bp=600)), ("E21", dict(layers=160, heads=6400, bp=600, attacks=7000)),
+        ],
+    )
+    def test_as_many_as_the_thesis_has(self, grid, stated):
+        assert counts(grid) == stated
+
+    def test_attacks_on_the_same_models_are_in_one_group(self):
+        found = [group for group in sweeps.groups("E11+E14+E17") if group.kind == "attacks"]
+        assert sum(group.count for group in found) == 3 and len(found) == 1
+        assert [[one["kind"] for one in attacks] for attacks in found[0].body["attacks"]] == [["fgsm"], ["pgd", "pgd"]]
+
+    @pytest.mark.parametrize("preset", ["smoke", "laptop"])
+    @pytest.mark.parametrize("name", [name for name, one in BOOK.items() if "jobs" in one and not any("of" in job for job in one["jobs"])])
+    def test_smaller_presets_are_parts_of_it(self, name, preset):
+        small, whole = counts(name, preset), counts(name)
+        assert set(small) == set(whole) and all(0 < small[kind] <= whole[kind] for kind in whole)
+
+
+def test_laptop_grids_have_every_value_of_every_parameter():
+    heads = Counter()
+    for group in sweeps.groups("E08+E09", "laptop"):
+        if group.kind == "heads":
+            for head in group.body["heads"]:
+                heads.update(dict(group.body["conv"], **head).items())
+    for name, values in dict(K=(10, 20), w=(4, 8, 12), m=(2, 3, 4, 5, 6), p=(2, 3, 4, 5, 6), w_pool=(5, 7, 9, 11, 13), n=(2, 4, 8, 16, 25, 50), sigma=("elu", "gelu")).items():
+        assert all(heads[name, value] >= 8 for value in values), name
+
+
+class TestGroups:
+    def test_those_that_are_needed_come_first(self):
+        for grid in ("E11+E18+E22", "first-light"):
+            done = set()
+            for group in sweeps.groups(grid, "smoke"):
+                assert set(group.needs) <= done
+                done.add(group.id)
+
+    def test_ids_are_of_what_is_done_and_nothing_else(self):
+        one, two = sweeps.groups("E12", "smoke"), sweeps.groups("E12+E01", "smoke")
+        assert {group.id for group in one} < {group.id for group in two} and len({group.id for group in two}) == len(two)
+        assert {group.id for group in one}.isdisjoint(group.id for group in sweeps.groups("E12", "laptop"))
+
+    def test_layers_in_lockstep_share_their_patches_and_fit_together(self):
+        for group in sweeps.groups("E01+E04+E07"):
+            convs = [ConvSettings(**conv) for conv in group.body["convs"]]
+            assert len({(c.w, c.conv_batch, c.conv_share, c.conv_epochs) for c in convs}) == 1
+            assert sum(c.K**2 for c in convs) <= sweeps.NEURONS
+
+    def test_they_come_back_from_json(self):
+        for group in sweeps.groups("E02+E12+E18+blue-wall".removesuffix("+blue-wall"), "smoke") + sweeps.groups("blue-wall"):
+            again = sweeps.Group(**json.loads(json.dumps(vars(group))))
+            assert again.id == group.id and again.title == group.title and sweeps.asks(again) == sweeps.asks(group)
+
+    @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.json")), ids=lambda path: path.stem)
+    def test_every_committed_grid_can_be_read(self, path):
+        if path.stem != "thesis":
+            assert sweeps.groups(path.stem) and sweeps.groups(str(path), "smoke")
+
+    def test_parts_have_about_equal_sizes(self):
+        assert [len(part) for part in sweeps._parts(list(range(12)), lambda _: 1, 5)] == [4, 4, 4]
+        assert [len(part) for part in sweeps._parts([1, 2], lambda _: 9, 5)] == [1, 1] and list(sweeps._parts([], lambda _: 1, 5)) == []
+
+
+class TestBalanced:
+    options = [dict(a=a, b=b, c=c) for a in range(2) for b in range(3) for c in range(5)]
+
+    @pytest.mark.parametrize("count", [1, 4, 10, 30, 99])
+    def test_every_value_about_equally_often(self, count):
+        chosen = [self.options[i] for i in sweeps.balanced(self.options, count)]
+        assert len(chosen) == min(count, 30)
+        for name, values in dict(a=2, b=3, c=5).items():
+            often = Counter(one[name] for one in chosen)
+            assert max(often.values()) - min(often[value] for value in range(values)) <= 2
+
+    def test_the_same_every_time_and_goes_on_from_what_was_used(self):
+        assert sweeps.balanced(self.options, 7) == sweeps.balanced(self.options, 7)
+        used = Counter()
+        first, second = sweeps.balanced(self.options, 15, used), sweeps.balanced(self.options, 15, used)
+        assert used["a", 0] == used["a", 1] == 15 and first != second
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (dict(m=0), "grid mine: m=0 is not valid"), (dict(Kk=3), "grid mine: unknown parameter 'Kk'"), (dict(m=[2, 500]), "m=500 is not valid"),
+            (dict(f_least=2), "f_least=2 is not valid"), (dict(what="x"), "what='x' is not valid"), (dict(w=30, w_pool=9), "w_pool=9 is not valid"),
+            (dict(attacked=[dict(attack="cw")]), "attack='cw' is not valid"), (dict(K=True), "K=True is not valid"), (dict(of=["E99"], attacked=[]), "'E99' is not there"),
+        ],
+    )
+    def test_a_value_is_named_with_its_grid(self, change, message, tmp_path):
+        path = tmp_path / "mine.json"
+        path.write_text(json.dumps([dict(K=10), dict(K=10) | change]))
+        with pytest.raises(ValueError, match=re.escape(message)):
+            sweeps.groups(str(path))
+
+    def test_what_is_no_grid(self, tmp_path):
+        (tmp_path / "a.json").write_text("[1]")
+        (tmp_path / "b.json").write_text("{")
+        (tmp_path / "c.json").write_text(json.dumps(dict(experiments=dict(x=dict(jobs=[{}], smoke=dict(take=dict(layers=0)))))))
+        for grid, preset, message in (("E99", "smoke", "is not there: an experiment"), (str(tmp_path / "a.json"), "thesis", "grid a"), ("E01", "huge", "preset='huge'"),
+                                      (str(tmp_path / "b.json"), "thesis", "no JSON"), (str(tmp_path / "c.json"), "smoke", "take=")):
+            with pytest.raises(ValueError, match=message):
+                sweeps.groups(grid, preset)
