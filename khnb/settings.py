@@ -120,6 +120,7 @@ PARAMETERS: dict[str, Parameter] = {
     "feature_dtype": Parameter(DTYPES, "float32", "how pooled activities are kept while heads train"),
     "memory": Parameter(float, 4.0, "GiB for pooled activities; what does not fit is computed again each epoch", 0.0),
     "bp": Parameter(("stored", "train", "none"), "stored", "the BP twin: shown where the store holds it, trained, or left out"),
+    "group": Parameter(str, "", "what a sweep does in this notebook, FILE#ID; nothing by default"),
     "eps_max": Parameter(float, 1.0, "largest FGSM strength tried", 1e-9, 1.0),
 }
 

@@ -14,19 +14,28 @@ the common ones, and ``null`` takes a common one's value away. ``take`` is a bal
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 import khnb
 from khnb import data as datasets
-from khnb import pipeline
+from khnb import pipeline, runner
 from khnb.models import n_features
-from khnb.results import Store, record_id
-from khnb.settings import ConvSettings, HeadSettings, check
+from khnb.results import Store, atomic_write, record_id
+from khnb.settings import PARAMETERS, ConvSettings, HeadSettings
 
 FOLDER = Path(khnb.__file__).parent.parent / "sweeps"
 PRESETS = ("smoke", "laptop", "thesis")
@@ -404,12 +413,264 @@ def _layer_passes(group: Group, run: pipeline.Run) -> bool:
 
 def memory_for(group: Group, run: pipeline.Run, given: float | None = None) -> float:
     """GiB for pooled activities: what was given, else the parameter's default on a CPU, or what the group's classifiers leave free on its GPU."""
-    import torch
-
     device = pipeline.pick_device(run.device)
     if given is not None or device.type != "cuda":
-        return pipeline.PARAMETERS["memory"].default if given is None else given
+        return PARAMETERS["memory"].default if given is None else given
     conv = ConvSettings(**group.body["conv"])
     heads = sum(_head_bytes(conv, HeadSettings(**head)) for head in group.body["heads"])
     free = torch.cuda.mem_get_info(device)[0]
     return max(0.0, (0.8 * free - heads - 3 * 2**30) / 2**30)  # 3 GiB: the images, and the parts at hand (khnb.heads.DEVICE_PART)
+
+
+# in a notebook
+
+
+@contextlib.contextmanager
+def own_gpu(device: str):
+    """The device to use: where ``auto`` means a GPU, one that no other job of this machine's sweeps has, held until the end."""
+    if device != "auto" or not torch.cuda.is_available():
+        yield device
+        return
+    places = [Path(tempfile.gettempdir()) / f"khnb-gpu-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())]
+    while True:
+        for i, place in enumerate(places):
+            try:
+                lock = runner.held(place, wait=False)
+                lock.__enter__()
+            except BlockingIOError:
+                continue
+            try:
+                yield f"cuda:{i}"
+            finally:
+                lock.__exit__(None, None, None)
+            return
+        time.sleep(1)
+
+
+def in_notebook(parameters: dict) -> dict:
+    """Do the group that the parameter ``group`` names (``FILE#ID``), show its records, and give the parameters of the first model among them,
+    which the page follows from there on. Without a group the parameters are given back as they are."""
+    if not parameters["group"]:
+        return parameters
+    from IPython.display import Markdown, display
+
+    from khnb import tables
+
+    place, _, id = parameters["group"].partition("#")
+    try:
+        plan = _json(Path(place))
+        group = next(Group(**{name: one[name] for name in ("kind", "data", "body", "needs")}) for one in plan["groups"] if one["id"] == id)
+    except (OSError, StopIteration, KeyError, TypeError) as error:
+        raise ValueError(f"group={parameters['group']!r} is not valid: FILE#ID of a plan that python -m khnb.sweeps made ({error!r})") from error
+    with own_gpu(parameters["device"]) as device:
+        records = work(group, pipeline.Run.of(dict(data=group.data, device=device)), plan.get("memory"))
+    rows = [{"record": f"`{r['id']}`", "kind": r["kind"], "what": _what(r["asked"]), "outcome": _outcome(r), "seconds": f"{r['wall_s']:.1f}"} for r in records]
+    display(Markdown(f"**{group.title}**\n\n" + (tables.markdown(rows) if rows else "Nothing was to be made.")))
+    model = (group.body.get("models") or [group.body.get("model") or {}])[0]
+    first = dict(model.get("conv") or group.body.get("conv") or group.body.get("convs", [{}])[0])
+    head = model.get("head") or group.body.get("heads", [{}])[0]
+    if "conv" in model or not model:
+        return parameters | first | head | dict(data=group.data, bp="none")
+    own = {f"bp_{name}": head[f"{long}{name}"] for name, long in (("sigma", ""), ("epochs", "head_"), ("batch", "head_"))}
+    return parameters | dict(K=model["K"], w=model["w"], data=group.data, bp="stored") | {k: v for k, v in head.items() if k not in ("sigma", "head_epochs", "head_batch")} | own
+
+
+def _what(asked: dict) -> str:
+    names = ("model", "K", "w", "m", "p", "delta", "sigma", "n", "w_pool", "seed", "head_seed", "attack", "confidence")
+    return " ".join(f"{name}={asked[name]:g}" if isinstance(asked[name], float) else f"{name}={asked[name]}" for name in names if name in asked)
+
+
+def _outcome(record: dict) -> str:
+    results = record["results"]
+    if record["kind"] == "failure":
+        return results["reason"]
+    if record["kind"] == "layer":
+        return f"f {results['f_score_1e4']:.2f} {results['stopped']}"
+    if record["kind"] == "model":
+        return f"accuracy {results['test_accuracy']:.4f}"
+    if record["kind"] == "attack":
+        return f"R {results['fit']['R']:.5f}" if results["fit"]["status"] == "ok" else results["fit"]["status"]
+    return ""
+
+
+# at a terminal
+
+
+from khnb import costs  # noqa: E402  it is about groups, and what follows about what they cost
+
+
+def runs() -> Path:
+    """Where sweeps keep what they need on their way: ``KHNB_RUNS``, else ``runs`` of the source tree."""
+    return Path(os.environ.get("KHNB_RUNS") or FOLDER.parent / "runs").absolute()
+
+
+def write_plan(folder: Path, grid: str, preset: str, found: list[Group], device: str, threads: int, times: dict, todo=None, workers=1, memory=None) -> Path:
+    """``groups.json``, which says all that the engine and the notebooks need to know, and the notebooks up to the cell that does the work."""
+    import nbformat
+
+    folder.mkdir(parents=True, exist_ok=True)
+    notebooks = FOLDER.parent / "notebooks"
+    for name in {NOTEBOOKS[group.kind] for group in found}:
+        notebook = nbformat.read(notebooks / f"{name}.ipynb", as_version=4)
+        last = next(i for i, cell in enumerate(notebook.cells) if "group" in cell.metadata.get("tags", []))
+        notebook.cells = notebook.cells[: last + 1]
+        atomic_write(folder / f"{name}.ipynb", nbformat.writes(notebook).encode())
+    kept = 4.0 if memory is None else memory
+    told = [
+        dict(id=group.id, title=group.title, kind=group.kind, data=group.data, body=group.body, needs=group.needs, notebook=NOTEBOOKS[group.kind], threads=threads,
+             mem_mb=round(1024 * costs.of(group, kept).gib)) | ({"seconds": round(times[group.id], 1)} if group.id in times else {})
+        for group in found
+    ]
+    plan = dict(grid=grid, preset=preset, device=device, memory=memory, workers=workers, notebooks=str(notebooks), groups=told, todo=[group.id for group in found] if todo is None else todo)
+    atomic_write(folder / "groups.json", json.dumps(plan).encode())
+    return folder / "groups.json"
+
+
+def expected(found: list[Group], rates: costs.Rates, memory: float = 4.0, tell=None) -> dict[str, float]:
+    """Seconds of each group, its notebook's start included. What has not been measured is measured, which takes a second or so a setting."""
+    each, start = {}, costs.start(rates)
+    for i, group in enumerate(found):
+        each[group.id] = start + costs.seconds(group, rates, memory)
+        if tell:
+            tell(i + 1, len(found))
+    return each
+
+
+def plan(found: list[Group], times: dict[str, float], workers: int, todo: list[Group], memory: float = 4.0) -> str:
+    """What a sweep costs, as text: numbers, operations, disk and time, of all of it and of what is still to do."""
+    rows = [f"{'':10}{'groups':>8}{'records':>10}{'Tflop':>12}{'disk':>12}{'core time':>12}"]
+    for kind in (*NOTEBOOKS, "all"):
+        some = [group for group in found if kind in (group.kind, "all")]
+        if some:
+            each = [costs.of(group, memory) for group in some]
+            time = runner.minutes(sum(times[group.id] for group in some)) if times else ""
+            rows.append(f"{kind:10}{len(some):8}{sum(g.count for g in some):10}{sum(c.flop for c in each) / 1e12:12,.1f}{_size(sum(c.disk for c in each)):>12}{time:>12}")
+    rows.append(f"{len(found) - len(todo)} of {len(found)} groups are done.")
+    if times and todo:
+        left = costs.schedule(todo, times, workers)
+        rows.append(f"The {len(todo)} left take about {runner.minutes(left)} on {workers} worker{'s' * (workers != 1)}.")
+    if any(group.body.get("f_least") for group in found):
+        rows.append("Models of layers that do not reach f_least are counted here, and will not be made.")
+    return "\n".join(rows)
+
+
+def _size(count: float) -> str:
+    return next(f"{count / 1000**i:.1f} {name}" for i, name in ((3, "GB"), (2, "MB"), (1, "kB"), (0, "B")) if count >= 1000**i or i == 0)
+
+
+def status(found: list[Group], store: Store, folder: Path, workers: int, verbose: bool = False) -> str:
+    """How far a sweep is, from its records, the locks of those at work, and what its jobs left."""
+    done, running, failed, left = [], [], [], []
+    for group in found:
+        if not missing(group, store):
+            done.append(group)
+        elif runner.is_held(folder / "locks" / group.id):
+            running.append(group)
+        elif (folder / "failed" / f"{group.id}.txt").exists():
+            failed.append(group)
+        else:
+            left.append(group)
+    rows = [f"{len(done)} of {len(found)} groups finished, {len(running)} running, {len(failed)} failed, {len(left)} to come"]
+    rows[0] += f"; {'an engine is at it' if runner.is_held(folder / 'engine') else 'no engine is running'}"
+    try:
+        told = {one["id"]: one.get("seconds") for one in _json(folder / "groups.json")["groups"]}
+    except (OSError, ValueError, KeyError):
+        told = {}
+    if running + left and all(told.get(group.id) for group in running + left):
+        seconds = runner.pace(folder) * costs.schedule(running + left, told, workers)
+        rows.append(f"about {runner.minutes(seconds)} left on {workers} worker{'s' * (workers != 1)}; so far groups took {runner.pace(folder):.2f} times what was expected")
+    versions = Counter(record["code"]["source"] for kind, id in _ids(done, store) if (record := store.light(kind).get(id)))
+    nothing = sum(record["id"] in {record_id("failure", dict(of=kind) | asked, SHA256[group.data]) for group in done for kind, asked in asks(group)}
+                  for record in store.light("failure").values()) if store.light("failure") else 0
+    if versions:
+        rows.append("records by code version: " + ", ".join(f"{source[:8]} {count}{' (as it is now)' * (source == store.source)}" for source, count in versions.most_common()))
+    if nothing:
+        rows.append(f"models that came to nothing, with a record of why: {nothing}")
+    rows += [f"running: {group.title}" for group in running]
+    rows += [f"failed: {group.title}: {(folder / 'failed' / f'{group.id}.txt').read_text().splitlines()[0][:200]}" for group in failed]
+    return "\n".join(rows)
+
+
+def _ids(found: list[Group], store: Store) -> Iterable[tuple[str, str]]:
+    for group in found:
+        for kind, asked in asks(group):
+            yield kind, record_id(kind, asked, SHA256[group.data])
+
+
+def main(words: list[str]) -> int:
+    """``plan``, ``run`` or ``status`` of a grid at a preset; what comes after ``--`` goes to Snakemake as it is."""
+    words, more = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    parser = argparse.ArgumentParser(prog="python -m khnb.sweeps", description=main.__doc__)
+    parser.add_argument("do", choices=["plan", "run", "status"])
+    parser.add_argument("grid", help="an experiment (E08), several (E08+E09), thesis, a name in sweeps/, or a file")
+    parser.add_argument("preset", nargs="?", default="thesis", help=", ".join(PRESETS) + " (the default)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    parser.add_argument("--threads", type=int, default=1, help="of each job (1: as many jobs as cores)")
+    parser.add_argument("--memory", type=float, help="GiB for the pooled activities of a job")
+    parser.add_argument("--no-estimate", action="store_true", help="measure nothing")
+    given = parser.parse_args(words)
+    try:
+        device = pipeline.pick_device(given.device)
+        found = groups(given.grid, given.preset)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    store, folder = Store(), runs() / f"{Path(given.grid).stem}-{given.preset}"
+    workers = max(1, given.cores // given.threads) if device.type == "cpu" else _gpus()
+    if given.do == "status":
+        print(status(found, store, folder, workers))
+        return 0
+    todo = [group for group in found if missing(group, store)]
+    memory = 4.0 if given.memory is None else given.memory
+    times = {} if given.no_estimate or device.type != "cpu" else expected(found, costs.Rates(given.threads), memory, _counter(found))
+    print(plan(found, times, workers, todo, memory), flush=True)
+    if given.do == "plan" or not todo:
+        return 0
+    return _engine(given, found, todo, times, device, folder, workers, more)
+
+
+def _counter(found: list[Group]):
+    """A line that counts, where somebody watches."""
+    if not sys.stderr.isatty():
+        return None
+    return lambda done, total: print(f"\rmeasuring rates: {done} of {total} groups", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count()
+
+
+def _engine(given, found, todo, times, device, folder: Path, workers: int, more: list[str]) -> int:
+    """Let Snakemake do what is missing. One engine a sweep: a second one is told so."""
+    try:
+        with runner.held(folder / "engine", wait=False):
+            place = write_plan(folder, given.grid, given.preset, found, given.device, given.threads, times, [group.id for group in todo], workers, given.memory)
+            for group in todo:  # what the store lacks is to be made, whatever a sweep before left
+                for old in (folder / "done" / f"{group.id}.ipynb", folder / "failed" / f"{group.id}.txt"):
+                    old.unlink(missing_ok=True)
+            megabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+            command = [
+                sys.executable, "-m", "snakemake", "--snakefile", str(FOLDER / "Snakefile"), "--directory", str(folder), "--config", f"plan={place}",
+                f"python={sys.executable}", f"gpu={int(device.type == 'cuda')}", "--cores", str(given.cores), "--resources", f"mem_mb={megabytes}", f"gpu={max(1, workers)}",
+                # the lock on this folder is ours, and ends with us even when we are killed; what was cut short is done again, and the store knows what is there
+                "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--quiet", "all", *more,
+            ]
+            engine = subprocess.Popen(command)
+            while True:
+                try:
+                    code = engine.wait()
+                    break
+                except KeyboardInterrupt:  # Snakemake was interrupted as well, and ends its jobs
+                    continue
+    except BlockingIOError:
+        print(f"this sweep is running already: see python -m khnb.sweeps status {given.grid} {given.preset}", file=sys.stderr)
+        return 3
+    print(status(found, Store(), folder, workers), flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    from khnb.sweeps import main as again  # the module under its own name, once
+
+    sys.exit(again(sys.argv[1:]))

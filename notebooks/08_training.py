@@ -21,6 +21,7 @@
 # where and how
 data = "auto"  # auto: the full CIFAR-10 where it is found, else the embedded sample; cifar10; cifar10-sample
 device = "auto"  # auto, cpu, cuda, cuda:1
+group = ""  # a group of a sweep, FILE#ID
 seed = 0
 # convolution
 K = 10
@@ -70,14 +71,17 @@ import torch
 from IPython.display import Markdown
 from myst_nb import glue
 
-from khnb import learning, pipeline, plots, settings, tables
+from khnb import learning, pipeline, plots, settings, sweeps, tables
 from khnb.learning import f_score, fates, is_feature
 from khnb.widgets import FilterExplorer
 
 names = (
-    *settings.ConvSettings.names(), *settings.HeadSettings.names(), "data", "device", "feature_dtype", "memory", "bp", "bp_sigma", "bp_epochs", "bp_batch",
+    *settings.ConvSettings.names(), *settings.HeadSettings.names(), "data", "device", "group", "feature_dtype", "memory", "bp", "bp_sigma", "bp_epochs", "bp_batch",
 )
 parameters = settings.of_notebook(globals(), *dict.fromkeys(names))
+
+# %% tags=["remove-cell", "group"]
+parameters = sweeps.in_notebook(parameters)  # where a sweep runs this notebook: its work
 
 # %% [markdown]
 # The thesis trains more than twenty thousand models. Each has the architecture of {numref}`fig-6-1`; they differ in how the

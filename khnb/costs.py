@@ -1,0 +1,321 @@
+"""What a group of a sweep costs: floating-point operations, bytes, seconds at rates measured on this machine, and hours on a GPU.
+
+Seconds come from short runs of the very engines on real images of the embedded sample, made once and kept with their provenance in the cache
+(``rates.json``); operations and bytes from the shapes alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from khnb import data as datasets
+from khnb import learning, models, pipeline, sweeps, training
+from khnb.heads import Head, train_heads
+from khnb.models import n_features
+from khnb.native import cache_dir
+from khnb.results import atomic_write, pack, provenance
+from khnb.settings import ConvSettings, HeadSettings
+
+#: what is not known before a model is there: how many test images are attacked (the thesis's best model: 4523 of 10,000), and how far its
+#: images move until it is wrong, in units of the pixel range (the mean adversarial radius of our LL models lies between 0.01 and 0.05)
+ATTACKED, MOVED = 0.45, 0.03
+BYTES = dict(layer=2200, probe=6000, model=15_000, attack=2000)  # of a record, the text
+PACKED = 0.93  # share of its size that an array of float32 keeps when it is compressed
+
+
+@dataclass
+class Cost:
+    """``flop`` and ``moved`` (bytes to and from memory, on a GPU), ``disk`` bytes, ``gib`` of memory, and ``seconds`` of one thread."""
+
+    flop: float = 0.0
+    moved: float = 0.0
+    launches: float = 0.0
+    disk: float = 0.0
+    gib: float = 1.0
+    seconds: float = 0.0
+
+
+def _patches(group, conv: ConvSettings) -> float:
+    """That a layer is trained on in all."""
+    epochs = min(conv.conv_epochs, group.body.get("until") or conv.conv_epochs)
+    return max(1, round(conv.conv_share * sweeps.IMAGES[group.data]["train"])) * _side(conv.w) ** 2 * epochs
+
+
+def _side(w: int) -> int:
+    return datasets.SHAPE[-1] - w + 1
+
+
+def _features(K: int, w: int, head: HeadSettings) -> int:
+    return n_features(K**2, datasets.SHAPE[-1], w, head)
+
+
+def _kept(group, memory: float) -> float:
+    """Share of the images whose pooled activities fit into so many GiB."""
+    need = _activities(group)
+    return min(1.0, memory * 2**30 / need)
+
+
+def _activities(group) -> float:
+    """Bytes of all pooled activities of a group of heads."""
+    conv, size = ConvSettings(**group.body["conv"]), getattr(torch, group.body["feature_dtype"]).itemsize
+    pools = {(head["w_pool"], head["s_pool"]): HeadSettings(**head) for head in group.body["heads"]}
+    return sum(_features(conv.K, conv.w, head) for head in pools.values()) * size * sweeps.IMAGES[group.data]["train"]
+
+
+def _steps(one: dict) -> tuple[float, float]:
+    """Forward passes and gradients that an attack takes for each image, about."""
+    if one["kind"] == "fgsm":
+        return 12 + 1.5 * min(MOVED, one["eps_max"]) / 1e-3, 1  # the scan, which some images need longer, and 10 halvings
+    steps = min(one["max_steps"], 1.3 * MOVED / one["step"])
+    return steps, steps
+
+
+def of(group, memory: float = 4.0) -> Cost:
+    """Operations and bytes of a group; ``moved`` and ``launches`` are those of the plain PyTorch path on a GPU.
+
+    Counted are: of a KH update the products of filters with patches and of their changes; of classifiers both products and the passes over features;
+    of convolutions 2 operations for each weight and place, and in training twice as many again; not what is proportional to fewer.
+    """
+    images, body, cost = sweeps.IMAGES[group.data], group.body, Cost()
+    channels, classes = datasets.SHAPE[0], len(datasets.CLASSES)
+    if group.kind in ("layers", "probes"):
+        seeds, updates = body.get("seeds", 1), 0.0
+        for conv in (ConvSettings(**conv) for conv in body["convs"]):
+            F, D, patches = conv.K**2, channels * conv.w**2, _patches(group, conv) * seeds
+            cost.flop += 4 * F * D * patches
+            cost.moved += (2 * conv.m + 8) * F * 4 * patches  # activities: ranks by rounds of max, g, two products
+            updates = max(updates, patches / seeds / conv.conv_batch)
+            cost.disk += BYTES["layer"] + F * D * (4 + 2 * len(body.get("snapshots", []))) * PACKED + 230 * conv.conv_epochs
+        cost.launches = 40 * updates
+        return cost
+    if group.kind == "heads":
+        conv, epochs = ConvSettings(**body["conv"]), max(head["head_epochs"] for head in body["heads"])
+        passes, D = _kept(group, memory), channels * conv.w**2
+        passes = passes + (1 - passes) * epochs + images["test"] / images["train"]
+        cost.flop += 2 * conv.K**2 * D * _side(conv.w) ** 2 * images["train"] * passes
+        cost.moved += 3 * 4 * conv.K**2 * _side(conv.w) ** 2 * images["train"] * passes
+        for head in (HeadSettings(**head) for head in body["heads"]):
+            size, seen = _features(conv.K, conv.w, head), images["train"] * head.head_epochs
+            cost.flop += 4 * classes * size * seen
+            cost.moved += 14 * size * seen + 7 * 4 * classes * size * seen / head.head_batch  # features read, raised, used twice; AdamW
+            cost.launches += 12 * seen / head.head_batch
+            cost.disk += BYTES["model"] + (classes * size + conv.K**2 * D) * 4 * PACKED
+        heads = sum(sweeps._head_bytes(conv, HeadSettings(**head)) for head in body["heads"])
+        cost.gib = 0.8 + heads / 2**30 + min(memory, _activities(group) / 2**30)
+        return cost
+    if group.kind == "bp":
+        K, w, head = body["model"]["K"], body["model"]["w"], HeadSettings(**body["model"]["head"])
+        places, size, seen = K**2 * _side(w) ** 2, _features(K, w, head), images["train"] * head.head_epochs
+        cost.flop = (4 * channels * w**2 * places + 6 * classes * size) * seen
+        cost.moved, cost.launches = (6 * 4 * places + 30 * size) * seen, 60 * seen / head.head_batch
+        cost.disk = BYTES["model"] + (classes * size + K**2 * channels * w**2) * 4 * PACKED
+        return cost
+    for model, attacks in zip(body["models"], body["attacks"], strict=True):
+        K, w, head = _shape(model)
+        places, size = K**2 * _side(w) ** 2, _features(K, w, head)
+        for one in attacks:
+            forward, gradients = _steps(one)
+            count = images["test"] * ATTACKED
+            cost.flop += count * (2 * channels * w**2 * places + 2 * classes * size) * (forward + 3 * gradients)
+            cost.moved += count * (4 * 4 * places + 12 * size) * (forward + 2 * gradients)
+            cost.launches += 60 * (forward + gradients) * math.ceil(count / 1000)
+            cost.disk += BYTES["attack"] + count * 14
+    return cost
+
+
+def _shape(model: dict) -> tuple[int, int, HeadSettings]:
+    one = model.get("conv", model)
+    return one["K"], one["w"], HeadSettings(**model["head"])
+
+
+# seconds
+
+
+class Rates:
+    """Rates of this machine and this code, measured when they are first asked for and kept in a file of the cache."""
+
+    def __init__(self, threads: int = 1, place: Path | None = None):
+        self.threads, self.place = threads, place or cache_dir() / "rates.json"
+        origin = provenance()
+        self.machine = " / ".join(map(str, (origin["hardware"]["name"], threads, origin["code"]["source"], origin["libraries"]["torch"])))
+        try:
+            self.all = json.loads(self.place.read_text())
+        except (OSError, ValueError):
+            self.all = {}
+        self.known = self.all.setdefault(self.machine, dict(measured=time.strftime("%Y-%m-%d"), provenance=origin, rates={}))["rates"]
+
+    def get(self, name: str, measure: Callable[[], list[float]]) -> list[float]:
+        """What was measured under this name, else what ``measure`` finds now."""
+        if name not in self.known:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(self.threads)
+            try:
+                self.known[name] = [float(f"{value:.4g}") for value in measure()]
+            finally:
+                torch.set_num_threads(threads)
+            atomic_write(self.place, json.dumps(self.all, indent=1).encode())
+        return self.known[name]
+
+
+def seconds(group, rates: Rates, memory: float = 4.0) -> float:
+    """How long a group takes on one thread of this machine, about, without the start of its notebook."""
+    (packing,) = rates.get("packing", lambda: [_best(lambda: pack(dict(a=np.random.default_rng(0).standard_normal(10**6, np.float32)))) / 4e6])
+    return _compute(group, rates, memory) + of(group, memory).disk / PACKED * packing
+
+
+def _compute(group, rates: Rates, memory: float) -> float:
+    images, body = sweeps.IMAGES[group.data], group.body
+    if group.kind in ("layers", "probes"):
+        convs = [ConvSettings(**conv) for conv in body["convs"]]
+        seeds = body.get("seeds", 1)
+        neurons, most = sum(conv.K**2 for conv in convs) * seeds, max(convs, key=lambda conv: conv.K)
+        name = f"layers w={most.w} batch={most.conv_batch} layers={len(convs) * seeds} neurons={neurons} p={max(c.p for c in convs):g} m={max(c.m for c in convs)}"
+        (each,) = rates.get(name, lambda: [_time_layers([replace(conv, seed=seed) for conv in convs for seed in range(seeds)])])
+        return each * max(_patches(group, conv) for conv in convs)
+    if group.kind == "heads":
+        conv, heads = ConvSettings(**body["conv"]), [HeadSettings(**head) for head in body["heads"]]
+        chosen = heads[:: -(-len(heads) // 12)]
+        size, part = (sum(_features(conv.K, conv.w, head) for head in some) for some in (heads, chosen))
+        kinds = len({(head.w_pool, head.sigma, head.n) for head in chosen})
+        name = f"heads K={conv.K} w={conv.w} {body['feature_dtype']} batch={heads[0].head_batch} heads={len(chosen)} kinds={kinds} size={part}"
+        once, epoch = rates.get(name, lambda: _time_heads(conv, chosen, body["feature_dtype"]))
+        epochs, kept = max(head.head_epochs for head in heads), _kept(group, memory)
+        each = epoch * size / part
+        return images["train"] * (once * (kept + (1 - kept) * epochs) + each * epochs) + images["test"] * (once + each / 2)
+    if group.kind == "bp":
+        K, w, head = _shape(body["model"])
+        name = f"bp K={K} w={w} w_pool={head.w_pool} sigma={head.sigma} n={head.n:g} batch={min(100, head.head_batch)}"
+        (each,) = rates.get(name, lambda: [_time_bp(K, w, head)])
+        return each * (images["train"] * head.head_epochs + images["test"] / 3)
+    total = 0.0
+    for model, attacks in zip(body["models"], body["attacks"], strict=True):
+        K, w, head = _shape(model)
+        name = f"attack {'LL' if 'conv' in model else 'BP'} K={K} w={w} w_pool={head.w_pool}"
+        forward, gradient = rates.get(name, lambda model=model: _time_attack(model))
+        total += images["test"] * forward
+        total += sum(images["test"] * ATTACKED * (f * forward + g * gradient) for f, g in map(_steps, attacks))
+    return total
+
+
+def start(rates: Rates) -> float:
+    """Seconds to start a notebook, as it is done in a sweep."""
+    return rates.get("start", lambda: [_time_start()])[0]
+
+
+def _best(do: Callable[[], object], times: int = 2) -> float:
+    found = []
+    for _ in range(times):
+        started = time.perf_counter()
+        do()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def _sample():
+    return datasets.load("cifar10-sample")
+
+
+def _time_layers(convs: list[ConvSettings]) -> float:
+    """Seconds a patch of all these layers together."""
+    conv = convs[0]
+    work = sum(conv.K**2 for conv in convs) * conv.w**2 * conv.conv_batch
+    updates = max(3, min(40, round(4e8 / work)))
+    images = _sample().train_images[: max(1, -(-updates * conv.conv_batch // _side(conv.w) ** 2))]
+    quick = [replace(one, conv_epochs=1, conv_share=1.0) for one in convs]
+    learning.train_layers(images[:2], [replace(one, conv_batch=100) for one in quick])  # compiles, warms
+    patches = max(conv.conv_batch, len(images) * _side(conv.w) ** 2 // conv.conv_batch * conv.conv_batch)
+    return _best(lambda: learning.train_layers(images, quick)) / min(patches, len(images) * _side(conv.w) ** 2)
+
+
+def _time_heads(conv: ConvSettings, heads: list[HeadSettings], dtype: str) -> list[float]:
+    """Seconds an image for features, and an epoch."""
+    weight = learning.initial_filters(replace(conv, conv_epochs=0), datasets.SHAPE[0])
+    count = max(300, min(heads[0].head_batch, 1000))
+    images, labels = _sample().train_images[:count], _sample().train_labels[:count]
+
+    def train(epochs):
+        ready = [Head(models.ll_network(weight, conv.p, replace(head, head_epochs=epochs), datasets.SHAPE[-1], 10).eval()) for head in heads]
+        started = time.perf_counter()
+        train_heads(ready, images, labels, getattr(torch, dtype), 2**33)
+        return time.perf_counter() - started
+
+    train(1)
+    one, three = min(train(1), train(1)), min(train(3), train(3))
+    epoch = max(0.0, three - one) / 2
+    return [max(one - epoch, 0.05 * epoch) / count, epoch / count]
+
+
+def _time_bp(K: int, w: int, head: HeadSettings) -> float:
+    """Seconds an image and epoch."""
+    batch = min(100, head.head_batch)
+    images, labels = _sample().train_images[: 2 * batch], _sample().train_labels[: 2 * batch]
+    quick = replace(head, head_epochs=1, head_batch=batch, held_out=0)
+
+    def train():
+        training.train(models.bp_network(K, w, quick, *datasets.SHAPE[::2], 10).train(), images, labels)
+
+    return _best(train) / len(images)
+
+
+def _time_attack(model: dict) -> list[float]:
+    """Seconds an image for a forward pass and for a gradient."""
+    from khnb.attacks import gradient
+
+    K, w, head = _shape(model)
+    if "conv" in model:
+        conv = ConvSettings(**model["conv"])
+        network = models.ll_network(learning.initial_filters(replace(conv, conv_epochs=0), datasets.SHAPE[0]), conv.p, head, datasets.SHAPE[-1], 10).eval()
+    else:
+        network = models.bp_network(K, w, head, *datasets.SHAPE[::2], 10).eval()
+    size = training.part_size(network, _sample().test_images)
+    images, labels = training.to_float(_sample().test_images[:size]), _sample().test_labels[:size]
+    with torch.no_grad():
+        forward = _best(lambda: network(images), 3)
+    return [forward / size, _best(lambda: gradient(network, images, labels), 3) / size]
+
+
+def _time_start() -> float:
+    """Seconds of a run of a notebook over a group that has next to nothing to do."""
+    import tempfile
+
+    from khnb import runner
+
+    with tempfile.TemporaryDirectory() as folder:
+        conv = ConvSettings(K=2, m=2, conv_epochs=0)
+        group = sweeps.Group("layers", "cifar10-sample", dict(convs=[conv.dict()], snapshots=[], stop_collapsed=False))
+        place = sweeps.write_plan(Path(folder), "start", "smoke", [group], "cpu", 1, {})
+        return _best(lambda: runner.do(place, group.id, quiet=True, env=dict(KHNB_RESULTS=folder)), 1)
+
+
+def schedule(groups: list, times: dict[str, float], workers: int, done: set[str] = frozenset()) -> float:
+    """Seconds until so many workers have done these groups, each as soon as those it needs are done, longest first."""
+    left = {group.id: {need for need in group.needs if need not in done} for group in groups if group.id not in done}
+    ids = set(left)
+    left = {id: needs & ids for id, needs in left.items()}
+    users: dict[str, list[str]] = {}
+    for id, needs in left.items():
+        for need in needs:
+            users.setdefault(need, []).append(id)
+    import heapq
+
+    ready = [(-times[id], id) for id, needs in left.items() if not needs]
+    heapq.heapify(ready)
+    busy, now = [], 0.0
+    while ready or busy:
+        while ready and len(busy) < workers:
+            cost, id = heapq.heappop(ready)
+            heapq.heappush(busy, (now - cost, id))
+        now, id = heapq.heappop(busy)
+        for user in users.get(id, []):
+            left[user].discard(id)
+            if not left[user]:
+                heapq.heappush(ready, (-times[user], user))
+    return now
