@@ -6,8 +6,11 @@ Seconds come from short runs of the very engines on real images of the embedded 
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +20,8 @@ import numpy as np
 import torch
 
 from khnb import data as datasets
-from khnb import learning, models, pipeline, sweeps, training
+from khnb import learning, models, runner, sweeps, training
+from khnb.attacks import gradient
 from khnb.heads import Head, train_heads
 from khnb.models import n_features
 from khnb.native import cache_dir
@@ -112,11 +116,12 @@ def of(group, memory: float = 4.0) -> Cost:
         cost.gib = 0.8 + heads / 2**30 + min(memory, _activities(group) / 2**30)
         return cost
     if group.kind == "bp":
-        K, w, head = body["model"]["K"], body["model"]["w"], HeadSettings(**body["model"]["head"])
-        places, size, seen = K**2 * _side(w) ** 2, _features(K, w, head), images["train"] * head.head_epochs
-        cost.flop = (4 * channels * w**2 * places + 6 * classes * size) * seen
-        cost.moved, cost.launches = (6 * 4 * places + 30 * size) * seen, 60 * seen / head.head_batch
-        cost.disk = BYTES["model"] + (classes * size + K**2 * channels * w**2) * 4 * PACKED
+        for K, w, head in map(_shape, body["models"]):
+            places, size, seen = K**2 * _side(w) ** 2, _features(K, w, head), images["train"] * head.head_epochs
+            cost.flop += (4 * channels * w**2 * places + 6 * classes * size) * seen
+            cost.moved += (6 * 4 * places + 30 * size) * seen
+            cost.launches += 60 * seen / head.head_batch
+            cost.disk += BYTES["model"] + (classes * size + K**2 * channels * w**2) * 4 * PACKED
         return cost
     for model, attacks in zip(body["models"], body["attacks"], strict=True):
         K, w, head = _shape(model)
@@ -191,10 +196,12 @@ def _compute(group, rates: Rates, memory: float) -> float:
         each = epoch * size / part
         return images["train"] * (once * (kept + (1 - kept) * epochs) + each * epochs) + images["test"] * (once + each / 2)
     if group.kind == "bp":
-        K, w, head = _shape(body["model"])
-        name = f"bp K={K} w={w} w_pool={head.w_pool} sigma={head.sigma} n={head.n:g} batch={min(100, head.head_batch)}"
-        (each,) = rates.get(name, lambda: [_time_bp(K, w, head)])
-        return each * (images["train"] * head.head_epochs + images["test"] / 3)
+        total = 0.0
+        for K, w, head in map(_shape, body["models"]):
+            name = f"bp K={K} w={w} w_pool={head.w_pool} batch={min(100, head.head_batch)}"
+            (each,) = rates.get(name, lambda K=K, w=w, head=head: [_time_bp(K, w, head)])
+            total += each * (images["train"] * head.head_epochs + images["test"] / 3)
+        return total
     total = 0.0
     for model, attacks in zip(body["models"], body["attacks"], strict=True):
         K, w, head = _shape(model)
@@ -211,12 +218,13 @@ def start(rates: Rates) -> float:
 
 
 def _best(do: Callable[[], object], times: int = 2) -> float:
+    """Seconds that the cores work at it, divided by the number of threads: the time it takes where nothing else runs, whatever runs now."""
     found = []
     for _ in range(times):
-        started = time.perf_counter()
+        started = time.process_time()
         do()
-        found.append(time.perf_counter() - started)
-    return min(found)
+        found.append(time.process_time() - started)
+    return min(found) / torch.get_num_threads()
 
 
 def _sample():
@@ -243,9 +251,7 @@ def _time_heads(conv: ConvSettings, heads: list[HeadSettings], dtype: str) -> li
 
     def train(epochs):
         ready = [Head(models.ll_network(weight, conv.p, replace(head, head_epochs=epochs), datasets.SHAPE[-1], 10).eval()) for head in heads]
-        started = time.perf_counter()
-        train_heads(ready, images, labels, getattr(torch, dtype), 2**33)
-        return time.perf_counter() - started
+        return _best(lambda: train_heads(ready, images, labels, getattr(torch, dtype), 2**33), 1)
 
     train(1)
     one, three = min(train(1), train(1)), min(train(3), train(3))
@@ -267,8 +273,6 @@ def _time_bp(K: int, w: int, head: HeadSettings) -> float:
 
 def _time_attack(model: dict) -> list[float]:
     """Seconds an image for a forward pass and for a gradient."""
-    from khnb.attacks import gradient
-
     K, w, head = _shape(model)
     if "conv" in model:
         conv = ConvSettings(**model["conv"])
@@ -283,16 +287,70 @@ def _time_attack(model: dict) -> list[float]:
 
 
 def _time_start() -> float:
-    """Seconds of a run of a notebook over a group that has next to nothing to do."""
-    import tempfile
-
-    from khnb import runner
-
+    """Seconds of a run of a notebook over a group that has next to nothing to do: those that the cores work, and one for what waits for another."""
     with tempfile.TemporaryDirectory() as folder:
         conv = ConvSettings(K=2, m=2, conv_epochs=0)
         group = sweeps.Group("layers", "cifar10-sample", dict(convs=[conv.dict()], snapshots=[], stop_collapsed=False))
         place = sweeps.write_plan(Path(folder), "start", "smoke", [group], "cpu", 1, {})
-        return _best(lambda: runner.do(place, group.id, quiet=True, env=dict(KHNB_RESULTS=folder)), 1)
+        before = os.environ.copy()
+        try:
+            runner.do(place, group.id, quiet=True, env=dict(KHNB_RESULTS=folder))
+        finally:
+            os.environ.clear(), os.environ.update(before)
+        return 1.0 + json.loads((place.parent / "times.jsonl").read_text())["cpu"]
+
+
+# on a GPU that is not here
+
+
+@dataclass
+class Card:
+    """A GPU, and what share of its peaks is thought to be reached."""
+
+    name: str = "H100-class"
+    flops: float = 67e12  # float32 without tensor cores, in a second
+    bandwidth: float = 3.35e12  # bytes in a second
+    launch: float = 5e-6  # seconds between two small operations
+    reached: float = 0.6
+    gib: float = 80.0
+
+
+#: what the thesis's experiments ask for, in parts that share layers and models, with the share of layers that go on to have classifiers there
+#: (section 8.1.2, tables A.1 and A.3, section 9.3), and of layers that are trained to the end (those that collapse are given up)
+PARTS = (
+    ("first layers", "E01+E02+E03", 1.0, 1.0), ("grid 1", "E04", 1.0, 379 / 960), ("grid 2", "E05+E06", 56 / 100, 69 / 100),
+    ("grid 3 with FGSM and PGD", "E07+E08+E09+E11+E12+E13+E14+E15+E16+E17", 88 / 150, 1.0), ("BP grid with attacks", "E10+E18", 1.0, 1.0),
+    ("LL ensembles with attacks", "E19", 119 / 160, 1.0), ("BP ensembles with attacks", "E20", 1.0, 1.0),
+)
+
+
+def on_gpu(group, card: Card | None = None) -> float:
+    """Seconds on a GPU: the largest of the times that operations, bytes and launches take. An estimate from shapes: not run on a GPU."""
+    card = card or Card()
+    cost = of(group, memory=0.8 * card.gib)
+    return max(cost.flop / (card.flops * card.reached), cost.moved / (card.bandwidth * card.reached), cost.launches * card.launch)
+
+
+def thesis_on_gpu(card: Card | None = None) -> list[dict]:
+    """A row for each part of the thesis: layers, models, attacks, operations, bytes, launches, and hours on one GPU."""
+    rows = []
+    for name, grid, passing, whole in PARTS:
+        row = {"part": name, "layers": 0, "models": 0, "attacks": 0, "Pflop": 0.0, "TB moved": 0.0, "million launches": 0.0, "hours": 0.0}
+        grids = grid + {"E19": "+E21+E22", "E20": "+E21+E22"}.get(grid, "")
+        for group in sweeps.groups(grids, "thesis"):
+            bp = group.kind == "bp" or group.kind == "attacks" and "conv" not in group.body["models"][0]
+            if grid in ("E19", "E20") and bp != (grid == "E20"):
+                continue  # E21 and E22 attack both
+            share = whole if group.kind == "layers" else passing
+            cost = of(group, memory=0.8 * (card or Card()).gib)
+            row[dict(layers="layers", heads="models", bp="models", attacks="attacks")[group.kind]] += round(group.count * (1 if group.kind == "layers" else share))
+            row["Pflop"] += share * cost.flop / 1e15
+            row["TB moved"] += share * cost.moved / 1e12
+            row["million launches"] += share * cost.launches / 1e6
+            row["hours"] += share * on_gpu(group, card) / 3600
+        rows.append(row)
+    rows.append({"part": "all"} | {key: sum(row[key] for row in rows) for key in list(rows[0])[1:]})
+    return rows
 
 
 def schedule(groups: list, times: dict[str, float], workers: int, done: set[str] = frozenset()) -> float:
@@ -304,8 +362,6 @@ def schedule(groups: list, times: dict[str, float], workers: int, done: set[str]
     for id, needs in left.items():
         for need in needs:
             users.setdefault(need, []).append(id)
-    import heapq
-
     ready = [(-times[id], id) for id, needs in left.items() if not needs]
     heapq.heapify(ready)
     busy, now = [], 0.0
@@ -319,3 +375,9 @@ def schedule(groups: list, times: dict[str, float], workers: int, done: set[str]
             if not left[user]:
                 heapq.heappush(ready, (-times[user], user))
     return now
+
+
+if __name__ == "__main__":
+    from khnb import tables
+
+    print(tables.markdown(thesis_on_gpu(), formats={"Pflop": ",.0f", "TB moved": ",.0f", "million launches": ",.1f", "hours": ".2f"}))

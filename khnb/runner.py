@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -60,7 +61,7 @@ def do(place: Path, id: str, quiet: bool = False, env: dict | None = None) -> bo
     with the reason beside it."""
     import papermill
 
-    folder, started = place.parent, time.time()
+    folder, started, used = place.parent, time.time(), sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     plan = json.loads(place.read_text())
     group = next(one for one in plan["groups"] if one["id"] == id)
     done, failed = folder / "done" / f"{id}.ipynb", folder / "failed" / f"{id}.ipynb"
@@ -80,7 +81,7 @@ def do(place: Path, id: str, quiet: bool = False, env: dict | None = None) -> bo
             reason = f"{error.ename}: {error.evalue}"
         except Exception as error:  # the kernel died, the disk is full: whatever it is, the sweep's other groups go on
             reason = f"{type(error).__name__}: {error}"
-        took = time.time() - started
+        took, used = time.time() - started, sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - used
         with contextlib.suppress(OSError):  # on a full disk the exit status must do
             if reason:
                 failed.with_suffix(".txt").write_text(reason + "\n")
@@ -88,7 +89,7 @@ def do(place: Path, id: str, quiet: bool = False, env: dict | None = None) -> bo
                 os.replace(failed, done)
                 failed.with_suffix(".txt").unlink(missing_ok=True)
             with open(folder / "times.jsonl", "a") as file:
-                file.write(json.dumps(dict(id=id, seconds=round(took, 1), expected=group.get("seconds"), failed=bool(reason))) + "\n")
+                file.write(json.dumps(dict(id=id, seconds=round(took, 1), cpu=round(used, 1), expected=group.get("seconds"), failed=bool(reason))) + "\n")
     if not quiet:
         print(line(plan, folder, group, took, reason), flush=True)
     return not reason

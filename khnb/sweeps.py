@@ -43,7 +43,7 @@ NOTEBOOKS = dict(layers="08_training", probes="08_training", heads="08_training"
 # a group is made of the same parts on every machine, so that its checkpoint can go on elsewhere
 NEURONS = 5000  # in lockstep, at most
 HEAD_BYTES = 3 * 2**30  # of classifiers trained together, at most
-BP_ATTACKED = 8  # BP models attacked by one group, at most
+BP_TOGETHER = 10  # BP models trained one after the other, or attacked, by one group, at most: starting a notebook takes seconds
 SHA256 = {"cifar10": datasets.SHA256, "cifar10-sample": datasets.SAMPLE_SHA256}
 IMAGES = {"cifar10": dict(train=50_000, test=10_000), "cifar10-sample": dict(train=1500, test=1000)}
 
@@ -52,7 +52,7 @@ IMAGES = {"cifar10": dict(train=50_000, test=10_000), "cifar10-sample": dict(tra
 class Group:
     """Work that shares computation: see :func:`work`, which does it.
 
-    ``kind`` is ``layers`` (in lockstep), ``probes``, ``heads`` (one layer with its classifiers), ``bp`` (one model) or ``attacks`` (the models of one
+    ``kind`` is ``layers`` (in lockstep), ``probes``, ``heads`` (one layer with its classifiers), ``bp`` (a few models, one by one) or ``attacks`` (the models of one
     layer, or a few BP models, with all their attacks). ``body`` says what, as plain data; ``needs`` are ids of groups to be done before.
     """
 
@@ -72,18 +72,16 @@ class Group:
         body = self.body
         if self.kind == "attacks":
             return sum(map(len, body["attacks"]))
-        return dict(layers=lambda: len(body["convs"]), probes=lambda: len(body["convs"]), heads=lambda: len(body["heads"]), bp=lambda: 1)[self.kind]()
+        return len(body[dict(layers="convs", probes="convs", heads="heads", bp="models")[self.kind]])
 
     @property
     def title(self) -> str:
         """One short line."""
         body, count = self.body, self.count
-        one = body["convs"][0] if "convs" in body else body.get("conv") or body.get("model") or body["models"][0].get("conv") or body["models"][0]
+        one = body["convs"][0] if "convs" in body else body.get("conv") or body["models"][0].get("conv") or body["models"][0]
         names = ("w",) if self.kind in ("layers", "probes") else ("K", "w", "m", "p", "delta", "seed") if "m" in one else ("K", "w")
         of = " ".join(f"{name}={one[name]:g}" for name in names)
-        if self.kind == "bp":
-            return f"BP model {of} sigma={one['head']['sigma']} n={one['head']['n']:g} w_pool={one['head']['w_pool']} seed={one['head']['seed']}"
-        what = dict(layers="KH layers in lockstep", probes="probes", heads="heads on the layer", attacks="attacks on models of")[self.kind]
+        what = dict(bp="BP models", layers="KH layers in lockstep", probes="probes", heads="heads on the layer", attacks="attacks on models of")[self.kind]
         return f"{count} {what} {of}"
 
 
@@ -247,12 +245,12 @@ class Wanted:
                 attacking += _attacks(data, [(dict(conv=conv.dict(), head=head.dict(), feature_dtype=dtype), heads[head]) for head in part], f_least, [group])
         alike: dict[tuple, list] = {}
         for (data, K, w, head), attacks in self.bp.items():
-            model = dict(K=K, w=w, head=head.dict())
-            found.append(Group("bp", data, dict(model=model)))
-            alike.setdefault((data, K, w), []).append((model, attacks, found[-1]))
+            alike.setdefault((data, K, w), []).append((dict(K=K, w=w, head=head.dict()), attacks))
         for (data, _, _), models in alike.items():
-            for part in _parts([one for one in models if one[1]], lambda _: 1, BP_ATTACKED):
-                attacking += _attacks(data, [(model, attacks) for model, attacks, _ in part], 0.0, [group for *_, group in part])
+            for part in _parts(models, lambda _: 1, BP_TOGETHER):
+                group = Group("bp", data, dict(models=[model for model, _ in part]))
+                found.append(group)
+                attacking += _attacks(data, part, 0.0, [group])
         return found + attacking
 
     def _layers(self) -> Iterable[Group]:
@@ -324,7 +322,7 @@ def asks(group: Group) -> list[tuple[str, dict]]:
     if group.kind == "heads":
         return [("model", _asked(body | dict(head=head))) for head in body["heads"]]
     if group.kind == "bp":
-        return [("model", _asked(body["model"]))]
+        return [("model", _asked(model)) for model in body["models"]]
     return [("attack", one) for one, _ in _attack_asks(group)]
 
 
@@ -380,14 +378,11 @@ def work(group: Group, run: pipeline.Run, memory: float | None = None) -> list[d
         return pipeline.collapse_probes(run, [ConvSettings(**conv) for conv in body["convs"]], body["seeds"], body["until"])
     if not _layer_passes(group, run):
         return []
-    try:
-        if group.kind == "heads":
-            heads = [HeadSettings(**head) for head in body["heads"]]
-            pipeline.ll_models(run, ConvSettings(**body["conv"]), heads, body["feature_dtype"], memory_for(group, run, memory), exact=True)
-        elif group.kind == "bp":
-            pipeline.bp_model(run, body["model"]["K"], body["model"]["w"], HeadSettings(**body["model"]["head"]))
-    except FloatingPointError as error:
-        run.note(f"not all of it came to something: {error}")
+    if group.kind == "heads":
+        heads = [HeadSettings(**head) for head in body["heads"]]
+        _try(run, pipeline.ll_models, ConvSettings(**body["conv"]), heads, body["feature_dtype"], memory_for(group, run, memory), exact=True)
+    for model in body["models"] if group.kind == "bp" else []:
+        _try(run, pipeline.bp_model, model["K"], model["w"], HeadSettings(**model["head"]))
     if group.kind != "attacks":
         for kind, asked in asks(group):
             found.append(run.store.get(kind, asked, run.data) or run.store.get("failure", dict(of=kind) | asked, run.data))
@@ -398,6 +393,13 @@ def work(group: Group, run: pipeline.Run, memory: float | None = None) -> list[d
             raise ValueError(f"the model {_asked(model)} is not in the store; run the group that trains it first")
         found += [pipeline.attack(run, record, **one) for one in attacks] if record else []
     return found
+
+
+def _try(run: pipeline.Run, make, *given, **more) -> None:
+    try:
+        make(run, *given, **more)
+    except FloatingPointError as error:  # the store has a record of it
+        run.note(f"not all of it came to something: {error}")
 
 
 def _layer_passes(group: Group, run: pipeline.Run) -> bool:
@@ -462,11 +464,12 @@ def in_notebook(parameters: dict) -> dict:
         group = next(Group(**{name: one[name] for name in ("kind", "data", "body", "needs")}) for one in plan["groups"] if one["id"] == id)
     except (OSError, StopIteration, KeyError, TypeError) as error:
         raise ValueError(f"group={parameters['group']!r} is not valid: FILE#ID of a plan that python -m khnb.sweeps made ({error!r})") from error
-    with own_gpu(parameters["device"]) as device:
-        records = work(group, pipeline.Run.of(dict(data=group.data, device=device)), plan.get("memory"))
+    run = pipeline.Run.of(dict(data=group.data, device=parameters["device"]))
+    with own_gpu(parameters["device"]) as run.device:  # all that needs no GPU was done before
+        records = work(group, run, plan.get("memory"))
     rows = [{"record": f"`{r['id']}`", "kind": r["kind"], "what": _what(r["asked"]), "outcome": _outcome(r), "seconds": f"{r['wall_s']:.1f}"} for r in records]
     display(Markdown(f"**{group.title}**\n\n" + (tables.markdown(rows) if rows else "Nothing was to be made.")))
-    model = (group.body.get("models") or [group.body.get("model") or {}])[0]
+    model = (group.body.get("models") or [{}])[0]
     first = dict(model.get("conv") or group.body.get("conv") or group.body.get("convs", [{}])[0])
     head = model.get("head") or group.body.get("heads", [{}])[0]
     if "conv" in model or not model:
@@ -652,7 +655,7 @@ def _engine(given, found, todo, times, device, folder: Path, workers: int, more:
             megabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
             command = [
                 sys.executable, "-m", "snakemake", "--snakefile", str(FOLDER / "Snakefile"), "--directory", str(folder), "--config", f"plan={place}",
-                f"python={sys.executable}", f"gpu={int(device.type == 'cuda')}", "--cores", str(given.cores), "--resources", f"mem_mb={megabytes}", f"gpu={max(1, workers)}",
+                f"python={sys.executable}", f"gpu={int(device.type == 'cuda')}", "--cores", str(given.cores), "--resources", f"mem_mb={megabytes}", f"gpu={2 * max(1, workers)}",  # one more to start each while another computes: own_gpu lets it wait
                 # the lock on this folder is ours, and ends with us even when we are killed; what was cut short is done again, and the store knows what is there
                 "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "--keep-going", "--quiet", "all", *more,
             ]

@@ -66,22 +66,23 @@ bp_sigma = "elu"
 bp_epochs = 70
 bp_batch = 1000
 
-# %% tags=["remove-cell"]
-import torch
-from IPython.display import Markdown
-from myst_nb import glue
-
-from khnb import learning, pipeline, plots, settings, sweeps, tables
-from khnb.learning import f_score, fates, is_feature
-from khnb.widgets import FilterExplorer
+# %% tags=["remove-cell", "group"]
+from khnb import settings, sweeps
 
 names = (
     *settings.ConvSettings.names(), *settings.HeadSettings.names(), "data", "device", "group", "feature_dtype", "memory", "bp", "bp_sigma", "bp_epochs", "bp_batch",
 )
 parameters = settings.of_notebook(globals(), *dict.fromkeys(names))
-
-# %% tags=["remove-cell", "group"]
 parameters = sweeps.in_notebook(parameters)  # where a sweep runs this notebook: its work
+
+# %% tags=["remove-cell"]
+import torch
+from IPython.display import Markdown
+from myst_nb import glue
+
+from khnb import learning, pipeline, plots, settings, tables
+from khnb.learning import f_score, fates, is_feature
+from khnb.widgets import FilterExplorer
 
 # %% [markdown]
 # The thesis trains more than twenty thousand models. Each has the architecture of {numref}`fig-6-1`; they differ in how the

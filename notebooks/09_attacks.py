@@ -68,24 +68,25 @@ bp_batch = 1000
 # the attack
 confidence = 0.8
 
+# %% tags=["remove-cell", "group"]
+from khnb import settings, sweeps
+
+names = (
+    *settings.ConvSettings.names(), *settings.HeadSettings.names(), "data", "device", "group", "feature_dtype", "memory", "bp", "bp_sigma", "bp_epochs", "bp_batch", "confidence",
+)
+parameters = settings.of_notebook(globals(), *dict.fromkeys(names))
+parameters = sweeps.in_notebook(parameters)  # where a sweep runs this notebook: its work
+
 # %% tags=["remove-cell"]
 import torch
 from IPython.display import Markdown
 from myst_nb import glue
 
 from khnb import data as datasets
-from khnb import pipeline, plots, settings, sweeps, tables, training
+from khnb import pipeline, plots, settings, tables, training
 from khnb.layer import KHConv2d
 from khnb.learning import is_feature
 from khnb.widgets import AttackLab
-
-names = (
-    *settings.ConvSettings.names(), *settings.HeadSettings.names(), "data", "device", "group", "feature_dtype", "memory", "bp", "bp_sigma", "bp_epochs", "bp_batch", "confidence",
-)
-parameters = settings.of_notebook(globals(), *dict.fromkeys(names))
-
-# %% tags=["remove-cell", "group"]
-parameters = sweeps.in_notebook(parameters)  # where a sweep runs this notebook: its work
 
 # %% [markdown]
 # How far must an image move before the model is fooled? The fast gradient sign method (eq. 7.3) moves every pixel of every

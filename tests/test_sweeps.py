@@ -3,12 +3,16 @@
 import csv
 import json
 import re
+import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from khnb import sweeps
+from khnb import costs, sweeps
 from khnb.settings import ConvSettings
 
 ROOT = Path(__file__).parents[1]
@@ -142,3 +146,79 @@ class TestRefused:
                                       (str(tmp_path / "b.json"), "thesis", "no JSON"), (str(tmp_path / "c.json"), "smoke", "take=")):
             with pytest.raises(ValueError, match=message):
                 sweeps.groups(grid, preset)
+
+
+class TestCosts:
+    def test_operations_of_one_layer_and_one_head(self):
+        """By hand: 50,000 images of 29 x 29 patches of 48 values, 30 times; 100 filters, two products each."""
+        layers = [group for group in sweeps.groups("E05") if group.kind == "layers"]
+        one = replace(layers[0], body=layers[0].body | dict(convs=[ConvSettings(K=10, w=4).dict()]))
+        assert costs.of(one).flop == 4 * 100 * 48 * 50_000 * 29**2 * 30
+        heads = next(group for group in sweeps.groups("E11") if group.kind == "heads")
+        features, passes = 400 * 11**2, 1 + 10_000 / 50_000
+        assert costs.of(heads, memory=100).flop == pytest.approx(4 * 10 * features * 50_000 * 100 + 2 * 400 * 48 * 29**2 * 50_000 * passes)
+        assert costs.of(heads, memory=0).flop > 10 * costs.of(heads, memory=100).flop, "activities that are not kept are computed every epoch"
+
+    def test_more_workers_and_what_they_wait_for(self):
+        a, b, c, d = (sweeps.Group("layers", "cifar10", dict(convs=[dict(w=i)])) for i in range(4))
+        c.needs, d.needs = [a.id], [b.id, c.id]
+        times = {a.id: 3.0, b.id: 4.0, c.id: 2.0, d.id: 1.0}
+        assert [costs.schedule([a, b, c, d], times, workers) for workers in (1, 2, 9)] == [10, 6, 6]
+        assert costs.schedule([a, b, c, d], times, 1, {a.id, b.id}) == 3 and costs.schedule([], {}, 2) == 0
+
+    def test_rates_are_measured_once_and_say_where(self, tmp_path):
+        rates = costs.Rates(1, tmp_path / "rates.json")
+        assert rates.get("x", lambda: [1.23456, 2]) == [1.235, 2] == costs.Rates(1, tmp_path / "rates.json").get("x", lambda: pytest.fail("measured again"))
+        (machine,) = json.loads((tmp_path / "rates.json").read_text()).values()
+        assert machine["provenance"]["hardware"]["name"] and machine["provenance"]["code"]["source"]
+        (tmp_path / "rates.json").write_text("{")
+        assert costs.Rates(1, tmp_path / "rates.json").get("x", lambda: [3]) == [3]
+        assert costs.Rates(2, tmp_path / "rates.json").get("x", lambda: [4]) == [4], "two threads are another machine"
+
+    def test_a_plan_says_what_it_costs(self):
+        found = sweeps.groups("E11", "thesis")
+        told = sweeps.plan(found, {group.id: 3600.0 for group in found}, 2, found[1:])
+        assert "layers" in told and "1 of 3 groups are done." in told and "The 2 left take about 2.0 h on 2 workers." in told
+
+    def test_on_a_gpu_the_slowest_of_three_counts(self):
+        (group,) = sweeps.groups("E02")
+        cost, card = costs.of(group), costs.Card(flops=1e30, bandwidth=1e30, launch=1.0)
+        assert costs.on_gpu(group, card) == cost.launches
+        assert costs.on_gpu(group, replace(card, flops=1.0, reached=0.5)) == 2 * cost.flop
+
+
+class Cuda:
+    """What :mod:`khnb.sweeps` asks PyTorch about GPUs, of two that are not there."""
+
+    def __init__(self, monkeypatch, free=80 * 2**30):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"fake-{i}"))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+
+
+class TestGpu:
+    """With fake devices: not run on a GPU."""
+
+    def test_two_jobs_never_share_one(self, monkeypatch, tmp_path):
+        Cuda(monkeypatch)
+        monkeypatch.setattr(sweeps.tempfile, "gettempdir", lambda: str(tmp_path))
+        with sweeps.own_gpu("auto") as one, sweeps.own_gpu("auto") as two:
+            assert (one, two) == ("cuda:0", "cuda:1")
+            waiting = threading.Thread(target=lambda: sweeps.own_gpu("auto").__enter__(), daemon=True)
+            waiting.start()
+            waiting.join(0.3)
+            assert waiting.is_alive(), "a third one waits"
+        waiting.join(10)
+        assert not waiting.is_alive()
+        with sweeps.own_gpu("cpu") as device:
+            assert device == "cpu"
+
+    def test_what_is_kept_fits_into_its_memory(self, monkeypatch):
+        group = next(group for group in sweeps.groups("E08") if group.kind == "heads")
+        run = SimpleNamespace(device="auto")
+        assert sweeps.memory_for(group, run) == 4 and sweeps.memory_for(group, run, 7) == 7  # on a CPU
+        monkeypatch.setattr(sweeps.pipeline, "pick_device", lambda device: torch.device("cuda"))
+        for gib in (80, 16, 4):
+            Cuda(monkeypatch, gib * 2**30)
+            assert 0 <= sweeps.memory_for(group, run) < gib
