@@ -100,11 +100,11 @@ def read(grid: str) -> dict:
     if not path.is_file():
         others = sorted(each.stem for each in FOLDER.glob("*.json"))
         raise ValueError(f"grid {grid!r} is not there: an experiment of the thesis ({', '.join(book['experiments'])}), one of {', '.join(others)}, or a file")
-    found = _json(path)
+    found, presets = _json(path), book["presets"] | dict(thesis={})  # as it is written
     if isinstance(found, dict) and "experiments" in found:
-        return dict(presets=book["presets"] | found.get("presets", {}), experiments=found["experiments"], chosen=list(found["experiments"]))
+        return dict(presets=presets | found.get("presets", {}), experiments=found["experiments"], chosen=list(found["experiments"]))
     jobs = found if isinstance(found, list) else [found]
-    return dict(presets=book["presets"], experiments={path.stem: dict(jobs=jobs)}, chosen=[path.stem])
+    return dict(presets=presets, experiments={path.stem: dict(jobs=jobs)}, chosen=[path.stem])
 
 
 def _json(path: Path):

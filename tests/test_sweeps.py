@@ -95,6 +95,12 @@ class TestGroups:
             again = sweeps.Group(**json.loads(json.dumps(vars(group))))
             assert again.id == group.id and again.title == group.title and sweeps.asks(again) == sweeps.asks(group)
 
+    def test_a_file_is_taken_as_it_is_written(self, tmp_path):
+        path = tmp_path / "mine.json"
+        path.write_text(json.dumps([dict(K=10, data="cifar10-sample", attacked=False)]))
+        assert {group.data for group in sweeps.groups(str(path))} == {"cifar10-sample"}
+        assert {group.body["feature_dtype"] for group in sweeps.groups(str(path)) if group.kind == "heads"} == {"float32"}
+
     @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.json")), ids=lambda path: path.stem)
     def test_every_committed_grid_can_be_read(self, path):
         if path.stem != "thesis":
