@@ -335,7 +335,7 @@ def thesis_on_gpu(card: Card | None = None) -> list[dict]:
     """A row for each part of the thesis: layers, models, attacks, operations, bytes, launches, and hours on one GPU."""
     rows = []
     for name, grid, passing, whole in PARTS:
-        row = {"part": name, "layers": 0, "models": 0, "attacks": 0, "Pflop": 0.0, "TB moved": 0.0, "million launches": 0.0, "hours of layers": 0.0, "of models": 0.0, "of attacks": 0.0}
+        row = {"part": name, "layers": 0, "models": 0, "attacks": 0, "Pflop": 0.0, "TB moved": 0.0, "million launches": 0.0, "hours": 0.0}
         grids = grid + {"E19": "+E21+E22", "E20": "+E21+E22"}.get(grid, "")
         for group in sweeps.groups(grids, "thesis"):
             bp = group.kind == "bp" or group.kind == "attacks" and "conv" not in group.body["models"][0]
@@ -347,7 +347,7 @@ def thesis_on_gpu(card: Card | None = None) -> list[dict]:
             row["Pflop"] += share * cost.flop / 1e15
             row["TB moved"] += share * cost.moved / 1e12
             row["million launches"] += share * cost.launches / 1e6
-            row[dict(layers="hours of layers", attacks="of attacks").get(group.kind, "of models")] += share * on_gpu(group, card) / 3600
+            row["hours"] += share * on_gpu(group, card) / 3600
         rows.append(row)
     rows.append({"part": "all"} | {key: sum(row[key] for row in rows) for key in list(rows[0])[1:]})
     return rows
@@ -380,4 +380,4 @@ def schedule(groups: list, times: dict[str, float], workers: int, done: set[str]
 if __name__ == "__main__":
     from khnb import tables
 
-    print(tables.markdown(thesis_on_gpu(), formats={"Pflop": ",.0f", "TB moved": ",.0f", "million launches": ",.0f", "hours of layers": ".2f", "of models": ".2f", "of attacks": ".2f"}))
+    print(tables.markdown(thesis_on_gpu(), formats={"Pflop": ",.0f", "TB moved": ",.0f", "million launches": ",.1f", "hours": ".2f"}))
