@@ -143,6 +143,7 @@ def test_from_a_grid_to_records_and_nothing_twice(sweep):
 def test_killed_worker(sweep):
     mine = sweep([LONG, SHORT])
     engine = mine.start()
+    until(lambda: list((mine.place / "done").glob("*.ipynb")))  # that was the short one
     os.kill(working(engine)[0], signal.SIGKILL)
     out, err = engine.communicate(timeout=600)
     assert engine.returncode and "1 of 2 groups finished, 0 running, 1 failed" in out, out + err
@@ -155,9 +156,9 @@ def test_killed_worker(sweep):
 def test_killed_engine(what, sweep):
     mine = sweep([dict(LONG, conv_epochs=25), SHORT])
     engine = mine.start()
-    kernels = working(engine)
-    family = below(engine.pid)
-    workers = {pid for pid in family if "khnb.runner" in processes()[pid][1] or pid in kernels}
+    working(engine)
+    family, every = below(engine.pid), processes()
+    workers = {pid for pid in family if pid in every and ("-m khnb.runner" in every[pid][1] or "ipykernel_launcher" in every[pid][1])}
     doomed = [engine.pid, *family] if what == "everything" else [engine.pid, *(pid for pid in family if pid not in workers)]
     for pid in doomed:
         try:
