@@ -194,8 +194,6 @@ class _ConvPool(torch.autograd.Function):
         count, channels, height, width = images.shape
         filters, w = len(weight), weight.shape[-1]
         of_images, of_weight, of_bias, of_scale, *_ = ctx.needs_input_grad
-        if scale is not None and (of_weight or of_bias):
-            raise NotImplementedError("the gradient of filters is not served where activities are scaled")
         found = torch.zeros_like(images) if of_images else None
         slope = torch.zeros_like(scale) if of_scale or of_images and scale is not None else None
 
@@ -231,8 +229,10 @@ def convolves(images: Tensor, weight: Tensor) -> bool:
 def conv_pool(images: Tensor, weight: Tensor, bias: Tensor | None, w_pool: int, s_pool: int, scale: Tensor | None = None) -> Tensor:
     """max_pool2d(conv2d(images, weight, bias) * scale, w_pool, s_pool), differentiable once, for what :func:`convolves` allows.
 
-    scale : (B, 1, H-w+1, W-w+1), or ``None`` for 1; with it, weight and bias have no gradient.
+    scale : (B, 1, H-w+1, W-w+1), or ``None`` for 1; ``ValueError`` where the gradient of scaled filters would be needed.
     """
+    if scale is not None and any(each is not None and each.requires_grad for each in (weight, bias)):
+        raise ValueError("weight or bias needs a gradient, which is not to be had where activities are scaled")
     return _ConvPool.apply(images.contiguous(), weight.contiguous(), bias, None if scale is None else scale.contiguous(), w_pool, s_pool)
 
 

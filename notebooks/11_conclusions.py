@@ -67,7 +67,7 @@ glue("answer-so-far", HTML(tables.html(rows) if rows else f"<p>{none}</p>"))  # 
 # The smallest models were chosen so that LL and BP can be compared directly: at these hyperparameters the thesis finds
 # both kinds nearly equally accurate. The [scoreboard](../scoreboard.md) lists what has been compared, and what has not.
 #
-# Beside every $R$ stands an audit by stronger and by weaker attacks, so that robustness is not taken for granted where a gradient merely leads nowhere
+# Some of these models were audited by stronger and by weaker attacks, so that robustness is not taken for granted where a gradient merely leads nowhere
 # ([chapter 9](#masking)).
 #
 # Two things were learned on the way that the thesis does not say. Its text does not fix the scale of the KH update, the
@@ -85,6 +85,6 @@ glue("answer-so-far", HTML(tables.html(rows) if rows else f"<p>{none}</p>"))  # 
 # - **Deeper** networks: nothing but the link to associative memories demands a single layer of filters.
 # - **Pruning** the filters that never became features, instead of discarding whole layers.
 # - Why **BP models with steep activation functions** (ELU to the power 10 to 16, wide filters) are so robust. That they only hide their gradients from the
-#   attack {cite}`athalye2018` is unlikely: those trained here are as robust, and an audit of the first finds no sign of it ([chapter 9](#masking)).
+#   attack {cite}`athalye2018` is unlikely: two trained here are nearly as robust as the thesis's, and their audits find no sign of it ([chapter 9](#masking)).
 # - **Stronger attacks** as the measure itself, and other norms: so far they serve to audit a few models.
 # - The **mechanism** behind the trade-off, hyperparameter by hyperparameter.

@@ -142,6 +142,11 @@ class TestArchitecture:
         for fused, plain in zip(*found, strict=True):
             torch.testing.assert_close(fused, plain, atol=1e-5 * max(1, plain.abs().max().item()), rtol=1e-4)
 
+    def test_scaled_filters_have_no_gradient_and_say_so(self):
+        weight = torch.rand(3, 1, 4, 4, requires_grad=True)
+        with pytest.raises(ValueError, match="needs a gradient"):
+            native.conv_pool(torch.rand(2, 1, 12, 12), weight, None, 3, 2, scale=torch.ones(2, 1, 9, 9))
+
     def test_the_fused_path_gives_one_derivative_and_no_more(self, sample):
         model, x = bp_network(3, 4, HEAD, 3, 32, 10), to_float(sample.test_images[:2]).requires_grad_()
         (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
