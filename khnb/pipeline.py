@@ -88,6 +88,10 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
+class NotKept(ValueError):
+    """A model that is kept without its weights, where these are needed."""
+
+
 @dataclass
 class Run:
     """What a computation works with: images, store, device, and whom to tell what it does.
@@ -111,13 +115,16 @@ class Run:
         """The run a notebook's parameters ask for (``data``, ``device``)."""
         return cls(datasets.load(parameters["data"]), device=parameters["device"], evidence=parameters["data"] == "auto", **more)
 
-    def find(self, kind: str, asked: dict, what: str) -> dict | None:
-        """The record of exactly this, if there is one."""
+    def find(self, kind: str, asked: dict, what: str, of: dict | None = None) -> dict | None:
+        """The record of exactly this, if there is one; with ``of``, a record that is about this other one and no older."""
         record = self.store.get(kind, asked, self.data)
         if record is None and self.evidence:
             record = next((r for r in self.store.full(kind, **asked) if r["asked"] == asked), None)
         if record and kind == "model" and record["arrays"].get("dropped") and not self.bare:
             self.note(f"{what}: record {record['id']} was kept without its weights.")
+            return None
+        if record and of and record["started"] < of["started"]:
+            self.note(f"{what}: record {record['id']} is older than {of['kind']} record {of['id']}, which was made again since.")
             return None
         if record:
             origin = {"cifar10": "full CIFAR-10"}.get(record["data"]["name"], record["data"]["name"])
@@ -391,7 +398,7 @@ def network(record: dict, store: Store | None = None, side: int = 32) -> models.
     arrays = {name: torch.from_numpy(value) for name, value in store.arrays(record).items()}
     asked, head = record["asked"], HeadSettings.of(record["asked"])
     if dropped := record["arrays"].get("dropped"):
-        raise ValueError(f"model record {record['id']} is kept without {', '.join(dropped)}; delete {store.path('model', record['id'])} to train it again")
+        raise NotKept(f"model record {record['id']} is kept without {', '.join(dropped)}; delete {store.path('model', record['id'])} to train it again")
     classes = len(arrays["linear_bias"])
     if asked["model"] == "LL":
         model = models.ll_network(arrays["conv_weight"], asked["p"], head, side, classes)
@@ -435,19 +442,20 @@ def attack(run: Run, model_record: dict, kind: str = "fgsm", confidence: float =
     amounts["confidence"] = check(dict(confidence=confidence))["confidence"]
     asked = dict(model_record["asked"], attack=kind, **amounts, of=model_record["id"])
     name = f"{kind.upper()} on the {asked['model']} model"
-    record = run.find("attack", asked, name)
+    record = run.find("attack", asked, name, of=model_record)
     if record:
         return record
     started, device, more = time.perf_counter(), pick_device(run.device), {}
     others = run.store.find("attack", **{name: value for name, value in asked.items() if name != "confidence"})
     here = dict(name=run.data.name, **run.data.sha256)
     wider = [r for r in others if r["asked"]["confidence"] < confidence and "confidences" in r["arrays"]["names"] and r["data"] == here]
+    wider = [r for r in wider if r["started"] >= model_record["started"]]
     if wider:
         kept = Rows(wider[0], "confidences", amounts["confidence"])
         arrays, more = run.store.rows(kept), dict(derived_from=wider[0]["id"])
         run.note(f"{name}: {len(arrays['radii'])} of the {wider[0]['results']['fit']['n']} images of record {wider[0]['id']}.")
     else:
-        checkpoint = Checkpoint(record_id("attack", asked, run.data.sha256))
+        checkpoint = Checkpoint(record_id("attack", asked | dict(since=model_record["started"]), run.data.sha256))
         kept = arrays = _attack_now(run, model_record, kind, amounts, device, checkpoint)
     results = dict(fit=robustness.fit(arrays["radii"]).dict(), accuracy=model_record["results"]["test_accuracy"])
     if results["fit"]["n_survived"]:
@@ -501,7 +509,7 @@ def audit(run: Run, attack_record: dict, model_record: dict, images: int = 300) 
     if fit["status"] != "ok":
         raise ValueError(f"attack record {attack_record['id']} has no R ({fit['status']}): nothing says at which strength to audit")
     asked = dict(attack_record["asked"], audited=attack_record["id"], images=images)
-    record = run.find("audit", asked, f"audit of the {asked['model']} model")
+    record = run.find("audit", asked, f"audit of the {asked['model']} model", of=attack_record)
     if record:
         return record
     started, device = time.perf_counter(), pick_device(run.device)
@@ -535,7 +543,8 @@ def main(words: list[str]) -> None:
     same KH layer together; ``"head_seeds"`` is a list of the seeds of their classifiers, where these are not to be ``"seed"``. Models are
     attacked as well, with FGSM: ``"attacked"`` is ``false`` for not at all, one of :data:`ATTACKS` by name, or a list of attacks, objects with
     ``"attack"``, ``"confidence"`` and amounts as :func:`attack` takes them; with ``"audited": true`` they are audited at the R of the last FGSM
-    among them (:func:`audit`), and with ``"weights": false`` their classifiers, by far the most of a model, are not kept. ``ValueError`` before anything runs where something is wrong.
+    among them (:func:`audit`), and with ``"weights": false`` their classifiers, by far the most of a model, are not kept: a model that is to be attacked or audited later is then
+    trained again, and attacked again, as its weights may not come out the same to the last bit. ``ValueError`` before anything runs where something is wrong.
     """
     asked = []
     for word in words:
@@ -577,7 +586,7 @@ def main(words: list[str]) -> None:
             names = [{name: value for name, value in one.items() if name not in ("data", "device", "confidence")} for one in group]
             found = {r["id"]: r for one in names for r in run.store.find("model", **one) if r["data"]["train"] == run.data.sha256["train"]}
             found = {id: r for id, r in found.items() if not r["arrays"].get("dropped")}  # those are done with
-            _afterwards(run, list(found.values()), defaults | group[0], *after)
+            _afterwards(run, found, defaults | group[0], *after)
             continue
         if what in ("models", "bp"):
             _models(run, group, what, head_seeds, *after)
@@ -615,25 +624,38 @@ def _models(run: Run, group: list[dict], what: str, head_seeds: list[int] | None
         head = HeadSettings.of(parameters)
         each = [head] if head_seeds is None else [replace(head, seed=seed) for seed in head_seeds]
         together.setdefault((ConvSettings.of(parameters), parameters["feature_dtype"], parameters["memory"]), []).extend(each)
-    found = [record for (conv, *how), heads in together.items() for record in ll_models(run, conv, heads, *how, exact=True)]
+    after = group[0], attacked, audited, weights
+    for (conv, *how), heads in together.items():
+        again = _afterwards(run, dict(zip(heads, ll_models(run, conv, heads, *how, exact=True), strict=True)), *after)
+        if again:
+            _afterwards(run, dict(zip(again, ll_models(replace(run, bare=False), conv, again, *how, exact=True), strict=True)), *after)
     for parameters in group:
         if what == "bp" or parameters["bp"] != "none":
-            found.append(bp_model(run, parameters["K"], parameters["w"], _bp_head(parameters), what == "bp" or parameters["bp"] == "train"))
-    _afterwards(run, list(filter(None, found)), group[0], attacked, audited, weights)
+            train, asked = what == "bp" or parameters["bp"] == "train", (parameters["K"], parameters["w"], _bp_head(parameters))
+            record = bp_model(run, *asked, train)
+            if record and _afterwards(run, {asked: record}, *after):
+                _afterwards(run, {asked: bp_model(replace(run, bare=False), *asked)}, *after)
 
 
-def _afterwards(run: Run, models: list[dict], parameters: dict, attacked: list[dict], audited: bool, weights: bool) -> None:
-    for record in models:
+def _afterwards(run: Run, models: dict, parameters: dict, attacked: list[dict], audited: bool, weights: bool) -> list:
+    """Attack, audit and tell; the keys of the models for which that takes weights that were not kept."""
+    lacking = []
+    for key, record in models.items():
         told = f"{record['asked']['model']} {record['id']}: accuracy {record['results']['test_accuracy']:.4f}"
-        made = [attack(run, record, **dict(confidence=parameters["confidence"]) | one) for one in attacked]
-        for one, fit in zip(attacked, (each["results"]["fit"] for each in made), strict=True):
-            told += f", {one['kind']} R {fit['R']:.5f} +- {fit['R_err']:.5f}, {fit['n']} images" if fit["status"] == "ok" else f", {one['kind']} {fit['status']}"
-        looked_at = [each for each in made if each["asked"]["attack"] == "fgsm" and each["results"]["fit"]["status"] == "ok"][-1:] if audited else []
-        for each in looked_at:
-            told += f", {audit(run, each, record)['results']['verdict']}"
+        try:
+            made = [attack(run, record, **dict(confidence=parameters["confidence"]) | one) for one in attacked]
+            for one, fit in zip(attacked, (each["results"]["fit"] for each in made), strict=True):
+                told += f", {one['kind']} R {fit['R']:.5f} +- {fit['R_err']:.5f}, {fit['n']} images" if fit["status"] == "ok" else f", {one['kind']} {fit['status']}"
+            looked_at = [each for each in made if each["asked"]["attack"] == "fgsm" and each["results"]["fit"]["status"] == "ok"][-1:] if audited else []
+            for each in looked_at:
+                told += f", {audit(run, each, record)['results']['verdict']}"
+        except NotKept:
+            lacking.append(key)
+            continue
         if not weights:
             run.store.drop(record, "linear_weight")
         print(told, flush=True)
+    return lacking
 
 
 if __name__ == "__main__":

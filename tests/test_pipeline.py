@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -711,6 +712,14 @@ class TestAudit:
         assert record["asked"]["audited"] == attacked["id"] and pipeline.audit(run, attacked, records["BP"], images=2) == record and len(given) == 1
 
 
+class Later:
+    """A clock that is an hour ahead."""
+
+    @staticmethod
+    def now(zone):
+        return datetime.now(zone) + timedelta(hours=1)
+
+
 HEALTHY = dict(zero_gradients=0.0, zero_pixels=0.0, noise=0.0, fgsm=0.5, pgd=0.6, restarts=0.6, apgd=0.6, unbounded=1.0)
 
 
@@ -765,6 +774,14 @@ class TestWithoutWeights:
         assert list(record["arrays"]["dropped"]) == ["linear_weight"] and store.find("audit") == []  # too few images for an R
         pipeline.main(words)
         assert store.find("model") == [record] and "fgsm too-few" in capsys.readouterr().out
+        later = json.dumps(json.loads(words[0]) | dict(attacked=[dict(attack="pgd", max_steps=2)]))
+        monkeypatch.setattr(results, "datetime", Later)
+        pipeline.main([later])  # takes the weights: the model is trained again, and what was known of it before is not taken for what is
+        (again,), before = store.find("model"), {r["id"]: r["started"] for r in store.find("attack", attack="fgsm")}
+        assert again["started"] > record["started"] and again["arrays"]["dropped"] == record["arrays"]["dropped"] and len(store.find("attack", attack="pgd")) == 1
+        pipeline.main(words)
+        after = {r["id"]: r["started"] for r in store.find("attack", attack="fgsm")}
+        assert after.keys() == before.keys() and all(after[id] > before[id] for id in after), "an attack on the model as it was before"
         for name in ("weights", "audited"):
             with pytest.raises(ValueError, match=f"{name}=3 is not valid: expected true or false"):
                 pipeline.main([json.dumps({name: 3})])
