@@ -14,7 +14,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup book test check pages notebooks freeze clean
+.PHONY: help setup book test check pages sweep plan status notebooks freeze clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sort | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else \
 	  f"khnb needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}: try make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[book,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[book,test,sweep]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(NO_DEPS)
 	@touch $@
 
@@ -46,6 +46,18 @@ pages: $(READY) ## look at every built page in a headless browser, all other hos
 
 check: test book $(READY) ## all that CI runs: every test, the book, every page in a browser
 	$(BIN)/python -m pytest -q -m 'not ($(FAST))'
+
+GRID   ?= E11
+PRESET ?= smoke
+
+sweep: $(READY) ## compute what the store lacks of a grid: make sweep GRID=E08+E12 PRESET=smoke|laptop|thesis
+	$(BIN)/python -m khnb.sweeps run $(GRID) $(PRESET) $(SWEEP)
+
+plan: $(READY) ## say what that costs, and compute nothing
+	$(BIN)/python -m khnb.sweeps plan $(GRID) $(PRESET) $(SWEEP)
+
+status: $(READY) ## say how far it is
+	$(BIN)/python -m khnb.sweeps status $(GRID) $(PRESET) $(SWEEP)
 
 define WITHOUT_OUTPUTS
 import sys, nbformat

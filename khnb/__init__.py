@@ -16,6 +16,9 @@ Data flows one way, and a module imports only from modules above it in this list
 :mod:`khnb.robustness`  the logistic curve, its fitter, R with its error (eqs. 7.6-7.7)
 :mod:`khnb.results`     the store: one record per trained or attacked model
 :mod:`khnb.pipeline`    from settings to records: use what the store holds, compute the rest
+:mod:`khnb.runner`      one job of a sweep: a notebook run by papermill, and its lock
+:mod:`khnb.sweeps`      grids, the groups they make, what has become of them
+:mod:`khnb.costs`       what groups cost: operations, bytes, seconds here, hours on a GPU
 :mod:`khnb.plots`       the figures, drawn from records
 :mod:`khnb.widgets`     the interactive parts of the book
 ======================  =====================================================================

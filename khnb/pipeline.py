@@ -31,6 +31,7 @@ from khnb.results import Rows, Store, atomic_write, code_version, record_id
 from khnb.settings import DTYPES, PARAMETERS, ConvSettings, HeadSettings, check, check_geometry
 
 SNAPSHOTS = (0, 1, 2, 4, 8, 15, 30)  # epochs
+DEFAULTS = {name: parameter.default for name, parameter in PARAMETERS.items()}
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -131,6 +132,16 @@ class Run:
             self.note(f"{what}: record {record['id']} from the store, computed on {origin}, {record['started'][:10]}.")
         return record
 
+    def failure(self, kind: str, asked: dict) -> str | None:
+        """Why exactly this came to nothing, with the code as it is now, if it was tried; a change of the code may have cured it."""
+        record = self.store.get("failure", dict(of=kind) | asked, self.data)
+        return record["results"]["reason"] if record and record["code"]["source"] == code_version()["source"] else None
+
+    def put_failure(self, kind: str, asked: dict, reason: str, history: list[dict], wall_s: float) -> None:
+        """A record that this was tried and why it came to nothing."""
+        results, device = dict(reason=reason, history=_finite(history)), pick_device(self.device)
+        self.store.put("failure", dict(of=kind) | asked, self.data, results=results, arrays={}, wall_s=wall_s, device=device)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, side and number of classes of the images."""
@@ -215,7 +226,7 @@ def collapse_probes(run: Run, convs: list[ConvSettings], seeds: int, until: int)
     All of them go in lockstep, on the same patches; the seeds 0 to seeds - 1 decide the initial filters (``conv.seed`` is not
     looked at). With a small ``conv_share`` and many ``conv_epochs`` an epoch is a short stretch of the way.
     """
-    asked = [{k: v for k, v in conv.dict().items() if k != "seed"} | dict(seeds=seeds, until=until) for conv in convs]
+    asked = [probe_asked(conv, seeds, until) for conv in convs]
     found = [run.find("probe", one, "probe") for one in asked]
     missing = [i for i, record in enumerate(found) if record is None]
     if missing:
@@ -233,6 +244,11 @@ def collapse_probes(run: Run, convs: list[ConvSettings], seeds: int, until: int)
             )
         _lockstep_checkpoint(run, each, "probe").clear()
     return found
+
+
+def probe_asked(conv: ConvSettings, seeds: int, until: int) -> dict:
+    """What the record of a probe says was asked."""
+    return {k: v for k, v in conv.dict().items() if k != "seed"} | dict(seeds=seeds, until=until)
 
 
 def _images(run: Run, head: HeadSettings):
@@ -272,24 +288,31 @@ def ll_models(
     heads train (``float16`` and ``bfloat16`` halve their memory), in at most ``memory`` GiB; but for ``exact`` a stored model is taken
     with any of them.
     ``results.history`` of a record has the time of its share: that of an epoch divided by the number of heads in it.
-    Raises ``FloatingPointError`` where the loss of a head stops being finite, after the others are stored.
+    Raises ``FloatingPointError`` where the loss of a head stops being finite, after the others are stored and a record of the failure.
     """
     for head in heads:
         check_geometry(run.shape[1], conv.w, head.w_pool)
-    asked = {head: _asked(conv, head) for head in heads}
+    asked = {head: ll_asked(conv, head) for head in heads}
     found = {}
     for head, ask in asked.items():
         stored = (run.find("model", ask | dict(feature_dtype=dtype), "LL model") for dtype in dict.fromkeys([feature_dtype, *(() if exact else DTYPES)]))
         found[head] = next((record for record in stored if record), None)
     groups: dict[int, list[HeadSettings]] = {}
+    stopped = []
     for head in found:
         if found[head] is None:
-            groups.setdefault(head.held_out, []).append(head)
-    stopped = []
+            reason = run.failure("model", asked[head] | dict(feature_dtype=feature_dtype))
+            if reason:
+                stopped.append(reason)
+            else:
+                groups.setdefault(head.held_out, []).append(head)
     for held_out, group in groups.items():
         layer = conv_layer(run, conv)
         trained, wall_s = _train_group(run, conv, layer, group, feature_dtype, memory)
-        stopped += [f"{one.stopped} (sigma={one.network.head.sigma}, n={one.network.head.n:g})" for one in trained if one.stopped]
+        for one in trained:
+            if one.stopped:
+                stopped.append(f"{one.stopped} (sigma={one.network.head.sigma}, n={one.network.head.n:g})")
+                run.put_failure("model", asked[one.network.head] | dict(feature_dtype=feature_dtype), stopped[-1], one.history, wall_s)
         trained = [one for one in trained if not one.stopped]
         for one, said in zip(trained, zip(*(logits(trained, images) for images in _told(run, held_out)), strict=True), strict=True):
             found[one.network.head] = _put_model(
@@ -302,7 +325,7 @@ def ll_models(
     return [found[head] for head in heads]
 
 
-def _asked(conv: ConvSettings, head: HeadSettings) -> dict:
+def ll_asked(conv: ConvSettings, head: HeadSettings) -> dict:
     """The hyperparameters of an LL model. Those that layer and head both have are there once, unless they differ: then ``seed`` is
     the layer's and ``head_seed`` the head's, and so for the constants of the schedules."""
     own, others = conv.dict(), head.dict()
@@ -348,10 +371,13 @@ def ll_model(run: Run, conv: ConvSettings, head: HeadSettings, feature_dtype: st
 def bp_model(run: Run, K: int, w: int, head: HeadSettings, train: bool = True) -> dict | None:
     """Record of the BP model with these settings: the store's, else trained end to end, else (``train=False``) ``None``."""
     check_geometry(run.shape[1], w, head.w_pool)
-    asked = dict(model="BP", K=K, w=w, **head.dict())
+    asked = bp_asked(K, w, head)
     record = run.find("model", asked, "BP model")
     if record or not train:
         return record
+    reason = run.failure("model", asked)
+    if reason:
+        raise FloatingPointError(reason)
     started, device = time.perf_counter(), pick_device(run.device)
     model = models.bp_network(K, w, head, *run.shape).to(device).train()
     checkpoint = Checkpoint(record_id("model", asked, run.data.sha256))
@@ -366,7 +392,12 @@ def bp_model(run: Run, K: int, w: int, head: HeadSettings, train: bool = True) -
             bar.set_postfix(loss=state["history"][-1]["loss"], accuracy=state["history"][-1]["accuracy"])
             checkpoint.save(lambda: state)
 
-        history = training.train(model, images, labels, state, after_epoch)
+        try:
+            history = training.train(model, images, labels, state, after_epoch)
+        except FloatingPointError as error:
+            run.put_failure("model", asked, str(error), [], time.perf_counter() - started)
+            checkpoint.clear()
+            raise
     wall_s = time.perf_counter() - started + sum(row["seconds"] for row in history[:done])
     said = [training.predict(model.eval(), images) for images in _told(run, head.held_out)]
     record = _put_model(run, asked, model, said, history, wall_s, device)
@@ -374,7 +405,13 @@ def bp_model(run: Run, K: int, w: int, head: HeadSettings, train: bool = True) -
     return record
 
 
-def _bp_head(parameters: dict) -> HeadSettings:
+def bp_asked(K: int, w: int, head: HeadSettings) -> dict:
+    """What the record of a BP model says was asked."""
+    return dict(model="BP", K=K, w=w, **head.dict())
+
+
+def bp_head(parameters: dict) -> HeadSettings:
+    """The head of the BP twin that a notebook's parameters ask for."""
     own = dict(sigma=parameters["bp_sigma"], head_epochs=parameters["bp_epochs"], head_batch=parameters["bp_batch"])
     return HeadSettings.of(parameters | own)
 
@@ -384,7 +421,7 @@ def models_of(run: Run, parameters: dict) -> dict[str, dict]:
     how = {name: parameters[name] for name in ("feature_dtype", "memory") if name in parameters}
     found = dict(LL=ll_model(run, ConvSettings.of(parameters), HeadSettings.of(parameters), **how))
     if parameters["bp"] != "none":
-        twin = bp_model(run, parameters["K"], parameters["w"], _bp_head(parameters), train=parameters["bp"] == "train")
+        twin = bp_model(run, parameters["K"], parameters["w"], bp_head(parameters), train=parameters["bp"] == "train")
         if twin:
             found["BP"] = twin
         else:
@@ -436,11 +473,8 @@ def attack(run: Run, model_record: dict, kind: str = "fgsm", confidence: float =
     Where some images are never fooled, ``results.fit_kept`` is the fit that keeps them, see :func:`khnb.robustness.fit`. Arrays: ``radii``;
     ``images``, their numbers in the test set; ``confidences``; of pgd ``steps``. ``ValueError`` for another kind or amount.
     """
-    if kind not in AMOUNTS:
-        raise ValueError(f"attack={kind!r} is not valid: one of {', '.join(AMOUNTS)}")
-    amounts = check({name: PARAMETERS[name].default for name in AMOUNTS[kind]} | amounts, AMOUNTS[kind])
-    amounts["confidence"] = check(dict(confidence=confidence))["confidence"]
-    asked = dict(model_record["asked"], attack=kind, **amounts, of=model_record["id"])
+    amounts = attack_amounts(kind, confidence, **amounts)
+    asked = attack_asked(model_record["asked"], model_record["id"], kind, amounts)
     name = f"{kind.upper()} on the {asked['model']} model"
     record = run.find("attack", asked, name, of=model_record)
     if record:
@@ -468,6 +502,19 @@ def attack(run: Run, model_record: dict, kind: str = "fgsm", confidence: float =
     if not wider:
         checkpoint.clear()
     return record
+
+
+def attack_amounts(kind: str, confidence: float, **amounts) -> dict:
+    """All that an attack is to be made with, checked: see :func:`attack`."""
+    if kind not in AMOUNTS:
+        raise ValueError(f"attack={kind!r} is not valid: one of {', '.join(AMOUNTS)}")
+    found = check({name: PARAMETERS[name].default for name in AMOUNTS[kind]} | amounts, AMOUNTS[kind])
+    return found | check(dict(confidence=confidence))
+
+
+def attack_asked(model: dict, id: str, kind: str, amounts: dict) -> dict:
+    """What the record of an attack says was asked, of a model with this ``asked`` and id."""
+    return dict(model, attack=kind, **amounts, of=id)
 
 
 def _attack_now(run: Run, model_record: dict, kind: str, amounts: dict, device, checkpoint: Checkpoint) -> dict:
@@ -508,7 +555,7 @@ def audit(run: Run, attack_record: dict, model_record: dict, images: int = 300) 
     fit = attack_record["results"]["fit"]
     if fit["status"] != "ok":
         raise ValueError(f"attack record {attack_record['id']} has no R ({fit['status']}): nothing says at which strength to audit")
-    asked = dict(attack_record["asked"], audited=attack_record["id"], images=images)
+    asked = audit_asked(attack_record["asked"], attack_record["id"], images)
     record = run.find("audit", asked, f"audit of the {asked['model']} model", of=attack_record)
     if record:
         return record
@@ -520,6 +567,11 @@ def audit(run: Run, attack_record: dict, model_record: dict, images: int = 300) 
     results = auditing.audit(model, x, y, fit["R"])
     results |= dict(verdict=auditing.verdict(results, len(chosen)), images=len(chosen), epsilon=fit["R"])
     return run.store.put("audit", asked, run.data, results=results, arrays={}, wall_s=time.perf_counter() - started, device=device)
+
+
+def audit_asked(attack: dict, id: str, images: int = 300) -> dict:
+    """What the record of an audit says was asked, at the strength of an attack with this ``asked`` and id."""
+    return dict(attack, audited=id, images=images)
 
 
 def expand(given: dict) -> list[dict]:
@@ -546,6 +598,18 @@ def main(words: list[str]) -> None:
     among them (:func:`audit`), and with ``"weights": false`` their classifiers, by far the most of a model, are not kept: a model that is to be attacked or audited later is then
     trained again, and attacked again, as its weights may not come out the same to the last bit. ``ValueError`` before anything runs where something is wrong.
     """
+    for job in [read_job(given) for given in read_asked(words)]:
+        run = Run.of(DEFAULTS | job.each[0], bare=True)
+        if job.what == "stored":
+            _stored(run, job)
+        elif job.what in ("models", "bp"):
+            _models(run, job)
+        else:
+            _layers(run, job)
+
+
+def read_asked(words: list[str]) -> list[dict]:
+    """The JSON objects that these words are, or that the files they name hold. ``ValueError`` for what is no JSON."""
     asked = []
     for word in words:
         text = Path(word).read_text() if word.endswith(".json") else word
@@ -554,49 +618,53 @@ def main(words: list[str]) -> None:
         except ValueError as error:
             raise ValueError(f"{word} is no JSON ({error}); expected an object, or a file with a list of them") from error
         asked += found if isinstance(found, list) else [found]
-    defaults, jobs = {name: p.default for name, p in PARAMETERS.items()}, []
-    for given in asked:
-        given = dict(given)
-        what, seeds, until = given.pop("what", "models"), given.pop("seeds", 5), given.pop("until", 1)
-        snapshots, stop = given.pop("snapshots", list(SNAPSHOTS)), given.pop("stop_collapsed", False)
-        attacked, head_seeds = given.pop("attacked", True), given.pop("head_seeds", None)
-        audited, weights = given.pop("audited", False), given.pop("weights", True)
-        for name, value in (("stop_collapsed", stop), ("audited", audited), ("weights", weights)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r} is not valid: expected true or false")
-        attacked = _attacks(attacked)
-        lists = dict(snapshots=(snapshots, 0), head_seeds=([0] if head_seeds is None else head_seeds, 0))
-        for name, (numbers, least) in (dict(seeds=([seeds], 1), until=([until], 1)) | lists).items():
-            if not isinstance(numbers, list) or not all(type(number) is int and number >= least for number in numbers):
-                value = numbers if name in lists else numbers[0]
-                wanted = f"whole numbers >= {least}" if name in lists else f"a whole number >= {least}"
-                raise ValueError(f"{name}={value!r} is not valid: expected {'a list of ' if name in lists else ''}{wanted}")
-        if what not in ("models", "bp", "layers", "probes", "stored"):
-            raise ValueError(f"what={what!r} is not valid: one of models, bp, layers, probes, stored")
-        if what == "stored":
-            kept = {name: given.pop(name) for name in ("model", "head_seed") if name in given}
-            jobs.append((what, [check(one) | kept for one in expand(given)], seeds, until, snapshots, stop, (attacked, audited, weights), None))
-            continue
-        jobs.append((what, [defaults | check(one) for one in expand(given)], seeds, until, snapshots, stop, (attacked, audited, weights), head_seeds))
-        for parameters in jobs[-1][1]:
-            ConvSettings.of(parameters), HeadSettings.of(parameters), _bp_head(parameters)
-    for what, group, seeds, until, snapshots, stop, after, head_seeds in jobs:
-        run = Run.of(defaults | group[0], bare=True)
-        if what == "stored":
-            names = [{name: value for name, value in one.items() if name not in ("data", "device", "confidence")} for one in group]
-            found = {r["id"]: r for one in names for r in run.store.find("model", **one) if r["data"]["train"] == run.data.sha256["train"]}
-            found = {id: r for id, r in found.items() if not r["arrays"].get("dropped")}  # those are done with
-            _afterwards(run, found, defaults | group[0], *after)
-            continue
-        if what in ("models", "bp"):
-            _models(run, group, what, head_seeds, *after)
-            continue
-        convs = [ConvSettings.of(parameters) for parameters in group]
-        records = conv_layers(run, convs, snapshots, stop) if what == "layers" else collapse_probes(run, convs, seeds, until)
-        for conv, record in zip(convs, records, strict=True):
-            results = record["results"]
-            told = f"f {results['f_score_1e4']:.2f}" if what == "layers" else f"{learning.fates(results, conv.K**2).count('collapsed')} of {seeds} collapsed"
-            print(f"K={conv.K} w={conv.w} p={conv.p:g} m={conv.m} delta={conv.delta:g}: {told} ({record['id']})", flush=True)
+    return asked
+
+
+@dataclass
+class Job:
+    """One object of a grid, checked: ``each`` has all parameters of everything it stands for, and of stored models those that were named. See :func:`main`."""
+
+    what: str
+    each: list[dict]
+    seeds: int
+    until: int
+    snapshots: list[int]
+    stop_collapsed: bool
+    attacked: list[dict]
+    audited: bool
+    weights: bool
+    head_seeds: list[int] | None
+
+
+def read_job(given: dict) -> Job:
+    """An object of a grid; ``ValueError`` names the first thing that is wrong with it, before anything runs."""
+    given = dict(given)
+    what, seeds, until = given.pop("what", "models"), given.pop("seeds", 5), given.pop("until", 1)
+    snapshots, stop = given.pop("snapshots", list(SNAPSHOTS)), given.pop("stop_collapsed", False)
+    attacked, head_seeds = given.pop("attacked", True), given.pop("head_seeds", None)
+    audited, weights = given.pop("audited", False), given.pop("weights", True)
+    for name, value in (("stop_collapsed", stop), ("audited", audited), ("weights", weights)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} is not valid: expected true or false")
+    attacked = _attacks(attacked)
+    lists = dict(snapshots=(snapshots, 0), head_seeds=([0] if head_seeds is None else head_seeds, 0))
+    for name, (numbers, least) in (dict(seeds=([seeds], 1), until=([until], 1)) | lists).items():
+        if not isinstance(numbers, list) or not all(type(number) is int and number >= least for number in numbers):
+            value = numbers if name in lists else numbers[0]
+            wanted = f"whole numbers >= {least}" if name in lists else f"a whole number >= {least}"
+            raise ValueError(f"{name}={value!r} is not valid: expected {'a list of ' if name in lists else ''}{wanted}")
+    if what not in ("models", "bp", "layers", "probes", "stored"):
+        raise ValueError(f"what={what!r} is not valid: one of models, bp, layers, probes, stored")
+    if what == "stored":
+        kept = {name: given.pop(name) for name in ("model", "head_seed") if name in given}
+        each = [check(one) | kept for one in expand(given)]
+    else:
+        each = [DEFAULTS | check(one) for one in expand(given)]
+        for parameters in each:
+            ConvSettings.of(parameters), HeadSettings.of(parameters), bp_head(parameters)
+            check_geometry(datasets.SHAPE[-1], parameters["w"], parameters["w_pool"] if what in ("models", "bp") else 1)
+    return Job(what, each, seeds, until, snapshots, stop, attacked, audited, weights, head_seeds)
 
 
 def _attacks(given) -> list[dict]:
@@ -617,45 +685,75 @@ def _attacks(given) -> list[dict]:
     return found
 
 
-def _models(run: Run, group: list[dict], what: str, head_seeds: list[int] | None, attacked: list[dict], audited: bool, weights: bool) -> None:
-    """Train what is missing, LL models with the same layer together; then attack, audit and tell."""
+def _layers(run: Run, job: Job) -> None:
+    convs, layers = [ConvSettings.of(parameters) for parameters in job.each], job.what == "layers"
+    records = conv_layers(run, convs, job.snapshots, job.stop_collapsed) if layers else collapse_probes(run, convs, job.seeds, job.until)
+    for conv, record in zip(convs, records, strict=True):
+        results = record["results"]
+        told = f"f {results['f_score_1e4']:.2f}" if layers else f"{learning.fates(results, conv.K**2).count('collapsed')} of {job.seeds} collapsed"
+        print(f"K={conv.K} w={conv.w} p={conv.p:g} m={conv.m} delta={conv.delta:g}: {told} ({record['id']})", flush=True)
+
+
+def _stored(run: Run, job: Job) -> None:
+    names = [{name: value for name, value in one.items() if name not in ("data", "device", "confidence")} for one in job.each]
+    found = {r["id"]: r for one in names for r in run.store.find("model", **one) if r["data"]["train"] == run.data.sha256["train"]}
+    attacks = _with_confidence(job.attacked, DEFAULTS | job.each[0])
+    found = {id: (r, attacks) for id, r in found.items() if not r["arrays"].get("dropped")}  # those are done with
+    follow(run, found, lambda ids: {}, job.audited, job.weights)
+
+
+def _models(run: Run, job: Job) -> None:
+    """Train what is missing, LL models with the same layer together; then what follows."""
     together: dict[tuple, list[HeadSettings]] = {}
-    for parameters in group if what == "models" else []:
+    for parameters in job.each if job.what == "models" else []:
         head = HeadSettings.of(parameters)
-        each = [head] if head_seeds is None else [replace(head, seed=seed) for seed in head_seeds]
+        each = [head] if job.head_seeds is None else [replace(head, seed=seed) for seed in job.head_seeds]
         together.setdefault((ConvSettings.of(parameters), parameters["feature_dtype"], parameters["memory"]), []).extend(each)
-    after = group[0], attacked, audited, weights
+    attacks = _with_confidence(job.attacked, job.each[0])
+
+    def then(train: Callable, keys: list) -> None:
+        """``train`` gives the records of some of these models in a run."""
+        found = zip(keys, train(run, keys), strict=True)
+        follow(run, {key: (r, attacks) for key, r in found if r}, lambda some: dict(zip(some, train(replace(run, bare=False), some), strict=True)), job.audited, job.weights)
+
     for (conv, *how), heads in together.items():
-        again = _afterwards(run, dict(zip(heads, ll_models(run, conv, heads, *how, exact=True), strict=True)), *after)
-        if again:
-            _afterwards(run, dict(zip(again, ll_models(replace(run, bare=False), conv, again, *how, exact=True), strict=True)), *after)
-    for parameters in group:
-        if what == "bp" or parameters["bp"] != "none":
-            train, asked = what == "bp" or parameters["bp"] == "train", (parameters["K"], parameters["w"], _bp_head(parameters))
-            record = bp_model(run, *asked, train)
-            if record and _afterwards(run, {asked: record}, *after):
-                _afterwards(run, {asked: bp_model(replace(run, bare=False), *asked)}, *after)
+        then(lambda run, heads, conv=conv, how=how: ll_models(run, conv, heads, *how, exact=True), list(dict.fromkeys(heads)))
+    for parameters in job.each:
+        if job.what == "bp" or parameters["bp"] != "none":
+            train = job.what == "bp" or parameters["bp"] == "train"
+            then(lambda run, heads, at=(parameters["K"], parameters["w"]), train=train: [bp_model(run, *at, head, train) for head in heads], [bp_head(parameters)])
 
 
-def _afterwards(run: Run, models: dict, parameters: dict, attacked: list[dict], audited: bool, weights: bool) -> list:
-    """Attack, audit and tell; the keys of the models for which that takes weights that were not kept."""
-    lacking = []
-    for key, record in models.items():
+def _with_confidence(attacked: list[dict], parameters: dict) -> list[dict]:
+    return [dict(confidence=parameters["confidence"]) | one for one in attacked]
+
+
+def follow(run: Run, models: dict, again: Callable[[list], dict], audited: bool = False, weights: bool = True) -> list[dict]:
+    """Attack models, audit them, say what came out, and return the records.
+
+    models : key -> record of a model, and what :func:`attack` is to be called with, for each attack. again : trains the models with some of the keys once more,
+    for those that were kept without the weights that this takes. audited, weights : see :func:`main`.
+    """
+    found, lacking = [], {}
+    for key, (record, attacks) in models.items():
         told = f"{record['asked']['model']} {record['id']}: accuracy {record['results']['test_accuracy']:.4f}"
         try:
-            made = [attack(run, record, **dict(confidence=parameters["confidence"]) | one) for one in attacked]
-            for one, fit in zip(attacked, (each["results"]["fit"] for each in made), strict=True):
-                told += f", {one['kind']} R {fit['R']:.5f} +- {fit['R_err']:.5f}, {fit['n']} images" if fit["status"] == "ok" else f", {one['kind']} {fit['status']}"
+            made = [attack(run, record, **one) for one in attacks]
             looked_at = [each for each in made if each["asked"]["attack"] == "fgsm" and each["results"]["fit"]["status"] == "ok"][-1:] if audited else []
-            for each in looked_at:
-                told += f", {audit(run, each, record)['results']['verdict']}"
+            audits = [audit(run, each, record) for each in looked_at]
         except NotKept:
-            lacking.append(key)
+            lacking[key] = attacks
             continue
+        for one, fit in zip(attacks, (each["results"]["fit"] for each in made), strict=True):
+            told += f", {one['kind']} R {fit['R']:.5f} +- {fit['R_err']:.5f}, {fit['n']} images" if fit["status"] == "ok" else f", {one['kind']} {fit['status']}"
+        told += "".join(f", {one['results']['verdict']}" for one in audits)
+        found += made + audits
         if not weights:
             run.store.drop(record, "linear_weight")
-        print(told, flush=True)
-    return lacking
+        run.note(told)
+    if lacking and (trained := again(list(lacking))):
+        found += follow(run, {key: (record, lacking[key]) for key, record in trained.items()}, lambda keys: {}, audited, weights)
+    return found
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ disk or a second writer leaves whole records or none.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -19,7 +20,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
+import zlib
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,7 +33,7 @@ import torch
 import khnb
 from khnb.settings import LATER, PARAMETERS
 
-KINDS = ("layer", "probe", "model", "attack", "audit", "timing")
+KINDS = ("layer", "probe", "model", "attack", "audit", "failure", "timing")
 COMPUTING = ("settings", "patches", "layer", "native", "learning", "models", "heads", "training", "attacks", "audit", "robustness")
 LIBRARIES = ("torch", "numpy", "scipy")
 
@@ -117,11 +120,67 @@ class DamagedRecord(Warning):
     """A record, or its arrays, that cannot be trusted; it is named and left out."""
 
 
-class Store:
-    """The records under one folder. Reading never fails on a damaged record: it warns (:class:`DamagedRecord`) and skips it."""
+#: parts of a record's results that are long, and that a table does not need
+LONG = ("history", "f_1e4", "alive", "winners")
+#: seconds: a file that changed so shortly before it was looked at may change again without looking different
+RACY = 2
 
-    def __init__(self, root: Path | str | None = None):
+
+class Store:
+    """The records under one folder. Reading never fails on a damaged record: it warns (:class:`DamagedRecord`) and skips it.
+
+    ``code`` selects those made with one version of the code: the beginning of a commit or of the hash of the modules that compute, or
+    ``current``; others are as if they were not there, and are replaced when they are asked for. The default is ``KHNB_CODE``, else all.
+    """
+
+    def __init__(self, root: Path | str | None = None, code: str | None = None):
         self.root = Path(root) if root is not None else default_root()
+        code = os.environ.get("KHNB_CODE", "") if code is None else code
+        self.code = code_version()["source"] if code == "current" else code
+        self._tables: dict[str, dict] = {}
+
+    @property
+    def source(self) -> str:
+        """The hash of the modules that compute, as they are now; a record has it under ``code``."""
+        return code_version()["source"]
+
+    def _chosen(self, record: dict) -> bool:
+        of = record["code"]
+        return not self.code or any(str(of.get(name) or "").startswith(self.code) for name in ("commit", "source"))
+
+    def light(self, kind: str) -> dict[str, dict]:
+        """All records of a kind by id, without the parts that are long (:data:`LONG`): enough for a table, and quick.
+
+        They come from an index beside the records, ``.index/<kind>.json.z``, which is made and kept up by reading. It holds what a file said
+        when it had the same name, size, inode and times; a file that is new or differs, or changed less than two seconds before it was read,
+        is read itself. A writer replaces a file by a new one, so that nothing stale is served, and whoever reads at the same time reads whole
+        indices. It can be deleted at any time, and is left out where it cannot be written.
+        """
+        folder, place = self.root / "records" / kind, self.root / ".index" / f"{kind}.json.z"
+        seen, now = {}, time.time_ns()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.endswith(".json") and not entry.name.startswith("."):
+                        stat = entry.stat()
+                        seen[entry.name] = [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino]
+        except OSError:
+            return {}
+        known, table = self._tables.get(kind) or _read_index(place), {}
+        for name in sorted(seen):
+            of, record = known.get(name, (None, None))
+            if of != seen[name]:
+                record = self._read(folder / name)
+                record = record and _lighten(record)
+            if record:
+                table[name] = [seen[name], record]
+        # not those that are damaged, so that they are named again, nor those that may still change within a tick of the clock
+        settled = {name: one for name, one in table.items() if max(one[0][:2]) < now - RACY * 10**9}
+        if [one[0] for one in settled.values()] != [one[0] for one in known.values()]:
+            with contextlib.suppress(OSError):
+                atomic_write(place, zlib.compress(json.dumps(settled).encode(), 1))
+        self._tables[kind] = settled
+        return {record["id"]: record for _, record in table.values() if self._chosen(record)}
 
     def path(self, kind: str, id: str) -> Path:
         """Where the record lies, or would."""
@@ -187,6 +246,8 @@ class Store:
             parts = record["asked"], record["results"], record["data"]["name"], record["started"], record["arrays"]["sha256"]
             if not all(isinstance(part, kind) for part, kind in zip(parts, (dict, dict, str, str, str), strict=True)):
                 raise ValueError("a part of it is of the wrong kind")
+            if not isinstance(record["code"], dict):
+                raise ValueError("it does not say with which code it was made")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             warnings.warn(f"record {path} is damaged ({error}) and left out; delete it to compute it again", DamagedRecord)
             return None
@@ -195,7 +256,8 @@ class Store:
     def get(self, kind: str, asked: dict, data) -> dict | None:
         """The record of exactly this, or ``None``."""
         path = self.path(kind, record_id(kind, asked, data.sha256))
-        return self._read(path) if path.exists() else None
+        record = self._read(path) if path.exists() else None
+        return record if record and self._chosen(record) else None
 
     def find(self, kind: str, **asked) -> list[dict]:
         """All records of a kind whose hyperparameters equal those named: full data first, then those with the fewest values other than
@@ -207,8 +269,8 @@ class Store:
         def unusual(record):
             return sum(name in PARAMETERS and name != "seed" and value != PARAMETERS[name].default for name, value in record["asked"].items())
 
-        found = (self._read(path) for path in sorted((self.root / "records" / kind).glob("*.json")))
-        match = [r for r in found if r and all(r["asked"].get(k, LATER.get(k, _MISSING)) == v for k, v in asked.items())]
+        match = [r for r in self.light(kind).values() if all(r["asked"].get(k, LATER.get(k, _MISSING)) == v for k, v in asked.items())]
+        match = [r for r in (self._read(self.path(kind, r["id"])) for r in match) if r]
         return sorted(match, key=lambda r: (r["data"]["name"] != "cifar10", unusual(r), r["asked"].get("seed", 0), r["asked"].get("head_seed", -1), r["id"]))
 
     def full(self, kind: str, **asked) -> list[dict]:
@@ -259,6 +321,20 @@ def _file(record: dict) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"[0-9a-f]{16}(-kept)?\.npz", name):
         raise ValueError(f"{record['kind']} record {record['id']} names {name!r} as the file of its arrays, which is no name of one")
     return name
+
+
+def _lighten(record: dict) -> dict:
+    return record | dict(results={name: value for name, value in record["results"].items() if name not in LONG})
+
+
+def _read_index(place: Path) -> dict:
+    """What :meth:`Store.light` wrote, or nothing where that is not there or damaged."""
+    try:
+        found = json.loads(zlib.decompress(place.read_bytes()))
+        whole = isinstance(found, dict) and all(isinstance(one, list) and len(one) == 2 and isinstance(one[1], dict) for one in found.values())
+        return found if whole else {}
+    except (OSError, ValueError, zlib.error):
+        return {}
 
 
 def _refuse(constant: str):

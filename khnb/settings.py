@@ -7,8 +7,9 @@ these names and no others, so a misspelt or out-of-range value is caught in one 
 from __future__ import annotations
 
 import difflib
+import functools
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 SCHEDULERS = ("constant", "linear", "exponential", "cosine", "step")
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "prelu", "elu", "gelu", "rexp")
@@ -121,6 +122,7 @@ PARAMETERS: dict[str, Parameter] = {
     "feature_dtype": Parameter(DTYPES, "float32", "how pooled activities are kept while heads train"),
     "memory": Parameter(float, 4.0, "GiB for pooled activities; what does not fit is computed again each epoch", 0.0),
     "bp": Parameter(("stored", "train", "none"), "stored", "the BP twin: shown where the store holds it, trained, or left out"),
+    "group": Parameter(str, "", "what a sweep does in this notebook, FILE#ID; nothing by default"),
     "eps_max": Parameter(float, 1.0, "largest FGSM strength tried", 1e-9, 1.0),
 }
 
@@ -179,6 +181,7 @@ class _Settings:
             object.__setattr__(self, name, value)
 
     @classmethod
+    @functools.cache
     def names(cls) -> tuple[str, ...]:
         """The parameters of this kind of settings."""
         return tuple(f.name for f in fields(cls))
@@ -186,7 +189,11 @@ class _Settings:
     @classmethod
     def of(cls, values: dict):
         """These settings out of a dictionary that may hold others as well."""
-        return cls(**{k: v for k, v in values.items() if k in cls.names()})
+        own = [(name, values[name]) for name in cls.names() if name in values]
+        try:
+            return _made(cls, tuple((name, type(value), value) for name, value in own))
+        except TypeError:  # a value that cannot be hashed is not valid either
+            return cls(**dict(own))
 
     def dict(self) -> dict:
         """Name -> value, as stored in a record.
@@ -194,7 +201,13 @@ class _Settings:
         What became a parameter only later (:data:`LATER`) is there only where it differs from its default, so that records
         made before stay the records of what they were made with.
         """
-        return {k: v for k, v in asdict(self).items() if k not in LATER or v != LATER[k]}
+        return {k: v for k, v in vars(self).items() if k not in LATER or v != LATER[k]}
+
+
+@functools.lru_cache(100_000)
+def _made(cls, own: tuple):
+    """Settings that were checked once: they cannot change, and a grid of thousands of models has few that differ."""
+    return cls(**{name: value for name, _, value in own})
 
 
 @dataclass(frozen=True)

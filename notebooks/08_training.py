@@ -21,6 +21,7 @@
 # where and how
 data = "auto"  # auto: the full CIFAR-10 where it is found, else the embedded sample; cifar10; cifar10-sample
 device = "auto"  # auto, cpu, cuda, cuda:1
+group = ""  # a group of a sweep, FILE#ID
 seed = 0
 # convolution
 K = 10
@@ -65,6 +66,15 @@ bp_sigma = "elu"
 bp_epochs = 70
 bp_batch = 1000
 
+# %% tags=["remove-cell", "group"]
+from khnb import settings, sweeps
+
+names = (
+    *settings.ConvSettings.names(), *settings.HeadSettings.names(), "data", "device", "group", "feature_dtype", "memory", "bp", "bp_sigma", "bp_epochs", "bp_batch",
+)
+parameters = settings.of_notebook(globals(), *dict.fromkeys(names))
+parameters = sweeps.in_notebook(parameters)  # where a sweep runs this notebook: its work
+
 # %% tags=["remove-cell"]
 import torch
 from IPython.display import Markdown
@@ -73,11 +83,6 @@ from myst_nb import glue
 from khnb import learning, pipeline, plots, settings, tables
 from khnb.learning import f_score, fates, is_feature
 from khnb.widgets import FilterExplorer
-
-names = (
-    *settings.ConvSettings.names(), *settings.HeadSettings.names(), "data", "device", "feature_dtype", "memory", "bp", "bp_sigma", "bp_epochs", "bp_batch",
-)
-parameters = settings.of_notebook(globals(), *dict.fromkeys(names))
 
 # %% [markdown]
 # The thesis trains more than twenty thousand models. Each has the architecture of {numref}`fig-6-1`; they differ in how the

@@ -21,6 +21,7 @@
 # where and how
 data = "auto"  # auto: the full CIFAR-10 where it is found, else the embedded sample; cifar10; cifar10-sample
 device = "auto"  # auto, cpu, cuda, cuda:1
+group = ""  # a group of a sweep, FILE#ID
 seed = 0
 # convolution
 K = 10
@@ -69,6 +70,16 @@ confidence = 0.8
 min_images = 500  # more than so many images; 0: any number
 min_r2 = 0.95  # a fit with a larger R^2; 0: any fit
 
+# %% tags=["remove-cell", "group"]
+from khnb import settings, sweeps
+
+names = (
+    *settings.ConvSettings.names(), *settings.HeadSettings.names(), "data", "device", "group", "feature_dtype", "memory", "bp", "bp_sigma", "bp_epochs", "bp_batch", "confidence",
+    "min_images", "min_r2",
+)
+parameters = settings.of_notebook(globals(), *dict.fromkeys(names))
+parameters = sweeps.in_notebook(parameters)  # where a sweep runs this notebook: its work
+
 # %% tags=["remove-cell"]
 import numpy as np
 import torch
@@ -80,12 +91,6 @@ from khnb import pipeline, plots, robustness, settings, tables, training
 from khnb.layer import KHConv2d
 from khnb.learning import is_feature
 from khnb.widgets import AttackLab
-
-names = (
-    *settings.ConvSettings.names(), *settings.HeadSettings.names(), "data", "device", "feature_dtype", "memory", "bp", "bp_sigma", "bp_epochs", "bp_batch", "confidence",
-    "min_images", "min_r2",
-)
-parameters = settings.of_notebook(globals(), *dict.fromkeys(names))
 
 # %% [markdown]
 # How far must an image move before the model is fooled? The fast gradient sign method (eq. 7.3) moves every pixel of every

@@ -8,7 +8,10 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 import warnings
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -562,3 +565,111 @@ class TestFuzz:
         text = json.dumps(written[1], indent=1).encode()
         i = int(at * len(text))
         self.read(written, text[:i] if cut else text[:i] + bytes([byte]) + text[i + 1 :])
+
+
+def settle(store, kind="model"):
+    """As if the records had been written a minute ago, but for the inode's own time."""
+    for path in (store.root / "records" / kind).glob("*.json"):
+        os.utime(path, (1e9, 1e9))
+
+
+class TestLight:
+    """The index beside the records: never stale, never needed."""
+
+    @pytest.fixture
+    def filled(self, store, monkeypatch):
+        monkeypatch.setattr(results, "RACY", -3600)  # as if everything had been there for long
+        for seed in range(3):
+            put(store, dict(K=10, seed=seed), results=dict(test_accuracy=0.5, history=[dict(epoch=1)] * 3))
+        assert len(store.light("model")) == 3
+        return store
+
+    def index(self, store):
+        return store.root / ".index" / "model.json.z"
+
+    def test_has_all_but_what_is_long(self, filled):
+        whole = filled.find("model", seed=1)[0]
+        light = Store(filled.root).light("model")[whole["id"]]
+        assert light["asked"] == whole["asked"] and "history" in whole["results"]
+        assert light == whole | dict(results={k: v for k, v in whole["results"].items() if k != "history"})
+
+    def test_is_read_from_the_index(self, filled, monkeypatch):
+        monkeypatch.setattr(Store, "_read", lambda *_: pytest.fail("a record was read"))
+        assert len(Store(filled.root).light("model")) == 3
+
+    @pytest.mark.parametrize("again", [True, False], ids=["the same store", "another"])
+    def test_replaced_new_and_gone(self, filled, again):
+        store = filled if again else Store(filled.root)
+        put(filled, dict(K=10, seed=0), results=dict(test_accuracy=0.99))
+        put(filled, dict(K=10, seed=7))
+        next(iter((filled.root / "records" / "model").glob(f"{filled.find('model', seed=1)[0]['id']}.json"))).unlink()
+        found = {r["asked"]["seed"]: r["results"].get("test_accuracy") for r in store.light("model").values()}
+        assert set(found) == {0, 2, 7} and found[0] == 0.99
+
+    def test_changed_in_place_with_the_same_size_and_time(self, filled):
+        path = filled.path("model", filled.find("model", seed=1)[0]["id"])
+        before, text = path.stat(), path.read_text()
+        with open(path, "r+") as file:
+            file.write(text.replace('"kind"', '"kinD"'))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # only the inode's own time tells
+        with pytest.warns(DamagedRecord, match=path.name):
+            assert len(Store(filled.root).light("model")) == 2
+        with pytest.warns(DamagedRecord, match=path.name):  # and again, every time
+            assert len(Store(filled.root).light("model")) == 2
+
+    def test_what_changed_just_now_is_not_kept(self, store):
+        put(store, dict(K=10))
+        assert len(store.light("model")) == 1 and results._read_index(self.index(store)) == {}
+
+    @pytest.mark.parametrize("content", [b"", b"x", zlib.compress(b"[1]"), zlib.compress(b'{"a.json": 1}'), zlib.compress(b"{")])
+    def test_a_damaged_index_is_made_again(self, filled, content):
+        self.index(filled).write_bytes(content)
+        assert len(Store(filled.root).light("model")) == 3 and len(results._read_index(self.index(filled))) == 3
+
+    def test_where_it_cannot_be_written(self, filled):
+        self.index(filled).unlink()
+        self.index(filled).parent.rmdir()
+        self.index(filled).parent.write_text("in the way")
+        assert len(Store(filled.root).light("model")) == 3 == len(Store(filled.root).find("model"))
+
+    def test_written_and_read_at_once(self, filled):
+        writers = [threading.Thread(target=lambda i=i: [put(filled, dict(K=10, seed=100 * i + j)) for j in range(20)]) for i in range(1, 4)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for thread in writers:
+                thread.start()
+            counts = [len(Store(filled.root).light("model")) for _ in range(20)]
+            for thread in writers:
+                thread.join()
+        assert counts == sorted(counts) and len(Store(filled.root).light("model")) == 63
+
+    @pytest.mark.slow
+    def test_twenty_thousand_in_two_seconds(self, store):
+        put(store, dict(K=10), results=dict(history=[dict(epoch=i, eta=0.001, loss=1 / (i + 1), accuracy=0.5, seconds=1.25) for i in range(100)]))
+        folder, record = store.root / "records" / "model", store.find("model")[0]
+        for seed in range(20_000):
+            asked = record["asked"] | dict(seed=seed)
+            one = record | dict(asked=asked, id=record_id("model", asked, record["data"]))
+            (folder / f"{one['id']}.json").write_text(json.dumps(one, indent=1))
+        time.sleep(results.RACY + 1)
+        started = time.process_time()
+        assert len(store.light("model")) == 20_001
+        built, started = time.process_time() - started, time.process_time()
+        assert len(Store(store.root).light("model")) == 20_001
+        print(f"20,000 records: {built:.1f} s the first time, then {time.process_time() - started:.2f} s")
+        assert time.process_time() - started < 2
+
+
+class TestCode:
+    def test_records_of_one_version_are_selected(self, store, monkeypatch):
+        old = put(store, dict(K=10))
+        now = results.code_version()
+        monkeypatch.setattr(results, "code_version", lambda: now | dict(source="feedfeedfeedfeed", commit="c0ffee"))
+        put(store, dict(K=11))
+        everything = {r["code"]["source"] for r in Store(store.root).find("model")}
+        assert everything == {now["source"], "feedfeedfeedfeed"}
+        for code in ("current", "feedfeed", "c0ffee"):
+            assert [r["asked"]["K"] for r in Store(store.root, code).find("model")] == [11]
+            assert Store(store.root, code).get("model", dict(K=10), DATA) is None
+        monkeypatch.setenv("KHNB_CODE", now["source"][:6])
+        assert [r["id"] for r in Store(store.root).find("model")] == [old["id"]] == list(Store(store.root).light("model"))
