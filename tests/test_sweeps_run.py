@@ -338,7 +338,8 @@ def test_on_a_cluster(slurm, sweep):
     run = slurm
     models = {k: v for k, v in LAYERS.items() if k != "what"} | dict(m=2, n=1, w_pool=9, head_epochs=1, head_batch=500, bp="none", attacked=False)
     mine = sweep([LAYERS, models])
-    engine = mine.start("run", "--", "--profile", str(ROOT / "sweeps" / "slurm"), "--default-resources", "mem_mb_per_cpu=500", "runtime=10")
+    here = ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2"]  # no accounting here, which a cluster has
+    engine = mine.start("run", "--", "--profile", str(ROOT / "sweeps" / "slurm"), "--default-resources", "mem_mb_per_cpu=500", "runtime=10", *here)
     try:
         until(lambda: run("squeue", "-h").stdout.strip() or engine.poll() is not None, 300)
         out, err = engine.communicate(timeout=900)
