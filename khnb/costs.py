@@ -32,7 +32,7 @@ from khnb.settings import ConvSettings, HeadSettings
 #: what is not known before a model is there and no record of one like it: which share of the test images is attacked (the thesis's best model: 4523 of
 #: 10,000), and how far they move until it is wrong, in units of the pixel range
 ATTACKED, MOVED = 0.45, 0.03
-AUDITED, LOOKS = 300, 250  # images of an audit (khnb.pipeline.audit), and about how many gradients it takes for each
+LOOKS = 250  # about how many gradients an audit takes for each of its images
 BYTES = dict(layer=2200, probe=6000, model=15_000, attack=2000)  # of a record, the text
 PACKED = 0.93  # share of its size that an array of float32 keeps when it is compressed
 
@@ -95,7 +95,7 @@ def outcome(model: dict, confidence: float) -> tuple[float, float]:
     return ATTACKED, MOVED
 
 
-def looks(model: dict, attacks: list[dict], audited: bool = False) -> tuple[float, float]:
+def looks(model: dict, attacks: list[dict], audited: int = 0) -> tuple[float, float]:
     """Forward passes and gradients that attacks on a model take for each test image, about, and the audit that follows."""
     forwards = gradients = 0.0
     for one in attacks:
@@ -105,7 +105,7 @@ def looks(model: dict, attacks: list[dict], audited: bool = False) -> tuple[floa
             gradients += share
         else:
             gradients += share * min(one["max_steps"], 1.3 * moved / one["step"])
-    return forwards, gradients + audited * LOOKS * AUDITED / sweeps.IMAGES["cifar10"]["test"]
+    return forwards, gradients + LOOKS * audited / sweeps.IMAGES["cifar10"]["test"]
 
 
 def of(group, memory: float = 4.0) -> Cost:

@@ -31,6 +31,7 @@ from khnb.results import Rows, Store, atomic_write, code_version, record_id
 from khnb.settings import DTYPES, PARAMETERS, ConvSettings, HeadSettings, check, check_geometry
 
 SNAPSHOTS = (0, 1, 2, 4, 8, 15, 30)  # epochs
+AUDITED = 300  # images of an audit, where nothing else is said
 DEFAULTS = {name: parameter.default for name, parameter in PARAMETERS.items()}
 
 
@@ -546,7 +547,7 @@ def _attack_now(run: Run, model_record: dict, kind: str, amounts: dict, device, 
     return arrays
 
 
-def audit(run: Run, attack_record: dict, model_record: dict, images: int = 300) -> dict:
+def audit(run: Run, attack_record: dict, model_record: dict, images: int = AUDITED) -> dict:
     """Record of an audit (:func:`khnb.audit.audit`) of a model at the strength of its R, on the first images of an attack on it.
 
     attack_record, model_record : of :func:`attack` and the model it attacked; images : how many at most. ``results`` are the shares of
@@ -569,7 +570,7 @@ def audit(run: Run, attack_record: dict, model_record: dict, images: int = 300) 
     return run.store.put("audit", asked, run.data, results=results, arrays={}, wall_s=time.perf_counter() - started, device=device)
 
 
-def audit_asked(attack: dict, id: str, images: int = 300) -> dict:
+def audit_asked(attack: dict, id: str, images: int = AUDITED) -> dict:
     """What the record of an audit says was asked, at the strength of an attack with this ``asked`` and id."""
     return dict(attack, audited=id, images=images)
 
@@ -594,8 +595,8 @@ def main(words: list[str]) -> None:
     ``"seeds"`` and ``"until"``, see :func:`collapse_probes`). Layers and probes of one object are trained in lockstep, LL models with the
     same KH layer together; ``"head_seeds"`` is a list of the seeds of their classifiers, where these are not to be ``"seed"``. Models are
     attacked as well, with FGSM: ``"attacked"`` is ``false`` for not at all, one of :data:`ATTACKS` by name, or a list of attacks, objects with
-    ``"attack"``, ``"confidence"`` and amounts as :func:`attack` takes them; with ``"audited": true`` they are audited at the R of the last FGSM
-    among them (:func:`audit`), and with ``"weights": false`` their classifiers, by far the most of a model, are not kept: a model that is to be attacked or audited later is then
+    ``"attack"``, ``"confidence"`` and amounts as :func:`attack` takes them; with ``"audited": true``, or a number of images, they are audited
+    at the R of the last FGSM among them (:func:`audit`), and with ``"weights": false`` their classifiers, by far the most of a model, are not kept: a model that is to be attacked or audited later is then
     trained again, and attacked again, as its weights may not come out the same to the last bit. ``ValueError`` before anything runs where something is wrong.
     """
     for job in [read_job(given) for given in read_asked(words)]:
@@ -632,7 +633,7 @@ class Job:
     snapshots: list[int]
     stop_collapsed: bool
     attacked: list[dict]
-    audited: bool
+    audited: int  # images; 0: not
     weights: bool
     head_seeds: list[int] | None
 
@@ -644,9 +645,12 @@ def read_job(given: dict) -> Job:
     snapshots, stop = given.pop("snapshots", list(SNAPSHOTS)), given.pop("stop_collapsed", False)
     attacked, head_seeds = given.pop("attacked", True), given.pop("head_seeds", None)
     audited, weights = given.pop("audited", False), given.pop("weights", True)
-    for name, value in (("stop_collapsed", stop), ("audited", audited), ("weights", weights)):
+    for name, value in (("stop_collapsed", stop), ("weights", weights)):
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r} is not valid: expected true or false")
+    if not isinstance(audited, int) or audited < 0:
+        raise ValueError(f"audited={audited!r} is not valid: expected true, false or a number of images")
+    audited = AUDITED if audited is True else int(audited)
     attacked = _attacks(attacked)
     lists = dict(snapshots=(snapshots, 0), head_seeds=([0] if head_seeds is None else head_seeds, 0))
     for name, (numbers, least) in (dict(seeds=([seeds], 1), until=([until], 1)) | lists).items():
@@ -728,7 +732,7 @@ def _with_confidence(attacked: list[dict], parameters: dict) -> list[dict]:
     return [dict(confidence=parameters["confidence"]) | one for one in attacked]
 
 
-def follow(run: Run, models: dict, again: Callable[[list], dict], audited: bool = False, weights: bool = True) -> list[dict]:
+def follow(run: Run, models: dict, again: Callable[[list], dict], audited: int = 0, weights: bool = True) -> list[dict]:
     """Attack models, audit them, say what came out, and return the records.
 
     models : key -> record of a model, and what :func:`attack` is to be called with, for each attack. again : trains the models with some of the keys once more,
@@ -740,7 +744,7 @@ def follow(run: Run, models: dict, again: Callable[[list], dict], audited: bool 
         try:
             made = [attack(run, record, **one) for one in attacks]
             looked_at = [each for each in made if each["asked"]["attack"] == "fgsm" and each["results"]["fit"]["status"] == "ok"][-1:] if audited else []
-            audits = [audit(run, each, record) for each in looked_at]
+            audits = [audit(run, each, record, audited) for each in looked_at]
         except NotKept:
             lacking[key] = attacks
             continue

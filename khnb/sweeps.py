@@ -9,7 +9,7 @@ file. What an object of a grid means is told by :func:`khnb.pipeline.main`; here
 
 A preset's values stand in for those of all objects of a grid, but for those under ``"each"``; an experiment's own presets come after
 the common ones, and ``null`` takes a common one's value away. ``take`` is a balanced part (:func:`balanced`) of the ``layers``, of the
-``heads`` of each and of the BP ``models``; ``attacks`` holds amounts for each kind of attack.
+``heads`` of each, with so many ``poolings``, and of the BP ``models``; ``attacks`` holds amounts for each kind of attack.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from khnb import data as datasets
 from khnb import pipeline, runner
 from khnb.models import n_features
 from khnb.results import Store, atomic_write, record_id
-from khnb.settings import PARAMETERS, ConvSettings, HeadSettings
+from khnb.settings import PARAMETERS, ConvSettings, HeadSettings, check
 
 FOLDER = Path(khnb.__file__).parent.parent / "sweeps"
 PRESETS = ("smoke", "laptop", "thesis")
@@ -144,8 +144,8 @@ def _add(wanted: Wanted, book: dict, name: str, preset: str, attacked=None) -> N
         return
     values = {k: v for k, v in (book["presets"].get(preset, {}) | experiment.get(preset, {})).items() if v is not None}
     take, amounts = values.pop("take", {}), values.pop("attacks", {})
-    if set(take) - {"layers", "heads", "models"} or not all(type(count) is int and count > 0 for count in take.values()):
-        raise ValueError(f"take={take!r} is not valid: whole numbers > 0 of layers, heads and models")
+    if set(take) - {"layers", "heads", "poolings", "models"} or not all(type(count) is int and count > 0 for count in take.values()):
+        raise ValueError(f"take={take!r} is not valid: whole numbers > 0 of layers, heads, poolings and models")
     for given in experiment.get("jobs", []):
         if "of" in given:
             for other in given["of"]:
@@ -164,17 +164,18 @@ def _add(wanted: Wanted, book: dict, name: str, preset: str, attacked=None) -> N
         wanted.add(job, take, f_least, amounts)
 
 
-def balanced(options: list[dict], count: int, used: Counter | None = None) -> list[int]:
+def balanced(options: list[dict], count: int, used: Counter | None = None, beside: dict = {}) -> list[int]:
     """Numbers of ``count`` options that have every value of every parameter about equally often, those with rare pairs of values first.
 
-    The choice is the same every time. ``used`` counts what was chosen before, and is added to.
+    The choice is the same every time. ``used`` counts what was chosen before, and is added to; ``beside`` holds values of other parameters that go with
+    all options now, and with others at another time: pairs with these count as well.
     """
     used, left, chosen = Counter() if used is None else used, list(range(len(options))), []
     names = dict.fromkeys(name for option in options for name in option)
     vary = [name for name in names if len({option.get(name) for option in options}) > 1]
 
     def pairs(option):
-        return [(a, option.get(a), b, option.get(b)) for i, a in enumerate(vary) for b in vary[:i]]
+        return [(a, option.get(a), b, option.get(b)) for i, a in enumerate(vary) for b in vary[:i]] + [(a, option.get(a), *one) for a in vary for one in beside.items()]
 
     def cost(i):
         option = options[i]
@@ -194,7 +195,7 @@ class After:
     """What is to be done with a model once it is trained: attacks with all their amounts, those on images of lower confidence first, as others are then taken from their records."""
 
     attacks: list[dict] = field(default_factory=list)
-    audited: bool = False
+    audited: int = 0
     weights: bool = False
 
     def add(self, job: pipeline.Job, attacked: list[dict], confidence: float) -> None:
@@ -205,7 +206,36 @@ class After:
             if full not in self.attacks:
                 self.attacks.append(full)
         self.attacks.sort(key=lambda one: one["confidence"])
-        self.audited, self.weights = self.audited or job.audited, self.weights or job.weights
+        self.audited, self.weights = max(self.audited, job.audited), self.weights or job.weights
+
+
+def only(found: list[Group], wanted: list[str]) -> list[Group]:
+    """Those groups all whose layers or BP models have these values (``K=10``), and the groups that they need. ``ValueError`` where none has."""
+    values = {}
+    for text in wanted:
+        name, _, value = text.partition("=")
+        if name not in (*ConvSettings.names(), *HeadSettings.names()):
+            raise ValueError(f"--only {text} is not valid: NAME=VALUE with the name of a parameter, say K=10")
+        values |= check({name: _number(value)})
+
+    def fits(group):
+        body = group.body
+        each = body.get("convs") or ([body["conv"]] if "conv" in body else [dict(one.get("conv", one), **one["head"] if "conv" not in one else {}) for one in body["models"]])
+        return all(one.get(name) == value for one in each for name, value in values.items())
+
+    chosen = {group.id for group in found if fits(group)}
+    for group in reversed(found):  # what is needed comes before
+        chosen |= set(group.needs) if group.id in chosen else set()
+    if not chosen:
+        raise ValueError(f"nothing in this grid has {' and '.join(wanted)}")
+    return [group for group in found if group.id in chosen]
+
+
+def _number(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 class Wanted:
@@ -254,8 +284,7 @@ class Wanted:
                 of_layer.setdefault((where, conv, each["feature_dtype"], f_least), []).extend((head, each["confidence"]) for head in heads)
         used: Counter = Counter()
         for key, heads in of_layer.items():
-            chosen = balanced([head.dict() for head, _ in heads], take["heads"], used) if "heads" in take else range(len(heads))
-            for head, confidence in (heads[i] for i in chosen):
+            for head, confidence in _some(heads, key[1], take, used):
                 self.heads.setdefault(key, {}).setdefault(head, After()).add(job, attacked, confidence)
 
     def groups(self) -> list[Group]:
@@ -293,6 +322,18 @@ class Wanted:
                 yield Group("probes", data, dict(convs=[conv.dict() for conv in part], seeds=seeds, until=until))
 
 
+def _some(heads: list[tuple], conv: ConvSettings, take: dict, used: Counter) -> list[tuple]:
+    """A balanced part of the heads of a layer, or all; of one pooling where ``take`` says so, since pooled activities are most of the work."""
+    if "heads" not in take:
+        return heads
+    beside = {name: getattr(conv, name) for name in ("K", "w", "m", "p")}
+    if take.get("poolings"):
+        pools = list(dict.fromkeys(head.w_pool for head, _ in heads))
+        chosen = {pools[i] for i in balanced([dict(w_pool=pool) for pool in pools], take["poolings"], used, beside)}
+        heads = [one for one in heads if one[0].w_pool in chosen]
+    return [heads[i] for i in balanced([head.dict() for head, _ in heads], take["heads"], used, beside)]
+
+
 def _shared(conv: ConvSettings) -> tuple:
     """What layers in lockstep have in common."""
     return conv.w, conv.conv_batch, conv.conv_order, conv.conv_chunk, conv.conv_share
@@ -323,7 +364,7 @@ def _attacks(data: str, models: list[tuple[dict, After]], f_least: float, needs:
         return []
     body = dict(
         models=[model for model, _ in models], attacks=[after.attacks for _, after in models], f_least=f_least,
-        audited=any(after.audited for _, after in models), weights=any(after.weights for _, after in models),
+        audited=max(after.audited for _, after in models), weights=any(after.weights for _, after in models),
     )
     return [Group("attacks", data, body, [group.id for group in needs])]
 
@@ -370,7 +411,7 @@ def _audit_asks(group: Group, store: Store) -> list[dict]:
     for asked, id in _attack_asks(group) if group.body["audited"] else []:
         record = store.light("attack").get(record_id("attack", asked, SHA256[group.data]))
         if asked["attack"] == "fgsm" and record and record["results"]["fit"]["status"] == "ok":
-            last[id] = pipeline.audit_asked(asked, record["id"])
+            last[id] = pipeline.audit_asked(asked, record["id"], group.body["audited"])
     return list(last.values())
 
 
@@ -663,6 +704,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("do", choices=["plan", "run", "status"])
     parser.add_argument("grid", help="an experiment (E08), several (E08+E09), thesis, a name in sweeps/, or a file")
     parser.add_argument("preset", nargs="?", default="thesis", help=", ".join(PRESETS) + " (the default)")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME=VALUE", help="of layers and BP models with this value, say K=10; can be repeated")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     parser.add_argument("--threads", type=int, default=1, help="of each job (1: as many jobs as cores)")
@@ -672,6 +714,7 @@ def main(words: list[str]) -> int:
     try:
         device = pipeline.pick_device(given.device)
         found = groups(given.grid, given.preset, torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None)
+        found = only(found, given.only)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

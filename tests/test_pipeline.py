@@ -744,10 +744,10 @@ class TestWithoutWeights:
         run, at = Run(tiny, Store(tmp_path), "cpu", lambda text: None), []
         fake = dict(id="x", results=dict(fit=dict(status="ok", R=0.02, R_err=0.001, n=9)))
         monkeypatch.setattr(pipeline, "attack", lambda run, record, **how: fake | dict(asked=dict(attack=how["kind"], **how)))
-        monkeypatch.setattr(pipeline, "audit", lambda run, attacked, record: at.append(attacked["asked"]) or dict(results=dict(verdict="")))
+        monkeypatch.setattr(pipeline, "audit", lambda run, attacked, record, images: at.append(attacked["asked"] | dict(images=images)) or dict(results=dict(verdict="")))
         job = pipeline.read_job(TestModelsOf.parameters | dict(bp="none", attacked="thesis", audited=True))
         pipeline._models(run, job)
-        assert at == [dict(attack="fgsm", kind="fgsm", confidence=0.8)]
+        assert at == [dict(attack="fgsm", kind="fgsm", confidence=0.8, images=300)]
 
     def test_what_the_store_holds(self, tiny, tmp_path, monkeypatch):
         """All that match, none of other images, none trained: attacked, then kept without their weights."""
@@ -782,9 +782,9 @@ class TestWithoutWeights:
         pipeline.main(words)
         after = {r["id"]: r["started"] for r in store.find("attack", attack="fgsm")}
         assert after.keys() == before.keys() and all(after[id] > before[id] for id in after), "an attack on the model as it was before"
-        for name in ("weights", "audited"):
-            with pytest.raises(ValueError, match=f"{name}=3 is not valid: expected true or false"):
-                pipeline.main([json.dumps({name: 3})])
+        for name, value, message in (("weights", 3, "true or false"), ("audited", -1, "true, false or a number of images"), ("audited", "x", "true, false or a number of images")):
+            with pytest.raises(ValueError, match=f"{name}={value!r} is not valid: expected {message}"):
+                pipeline.main([json.dumps({name: value})])
 
 
 class TestModelsOf:

@@ -129,7 +129,7 @@ class TestAttacks:
 
     def test_audits_and_weights_are_part_of_it(self, tmp_path):
         plain, other = self.group(tmp_path), self.group(tmp_path, audited=True, weights=False)
-        assert (plain.body["audited"], plain.body["weights"]) == (False, True) and (other.body["audited"], other.body["weights"]) == (True, False)
+        assert (plain.body["audited"], plain.body["weights"]) == (0, True) and (other.body["audited"], other.body["weights"]) == (300, False)
         both = [dict(data="cifar10-sample", K=4, bp="none", attacked=[dict(confidence=c)]) | more for c, more in ((0.3, {}), (0.2, dict(audited=True, weights=False)))]
         path = tmp_path / "both.json"
         path.write_text(json.dumps(both))
