@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -383,42 +384,43 @@ def asks(group: Group) -> list[tuple[str, dict]]:
         return [("model", _asked(body | dict(head=head))) for head in body["heads"]]
     if group.kind == "bp":
         return [("model", _asked(model)) for model in body["models"]]
-    return [("attack", one) for one, _ in _attack_asks(group)]
+    return [("attack", asked) for asked, _ in _attack_asks(group)]
 
 
 def _asked(model: dict) -> dict:
-    head = HeadSettings(**model["head"])
     if "conv" in model:
-        return pipeline.ll_asked(ConvSettings(**model["conv"]), head) | dict(feature_dtype=model["feature_dtype"])
-    return pipeline.bp_asked(model["K"], model["w"], head)
+        return pipeline.ll_asked(_conv(*model["conv"].items()), _head(*model["head"].items())) | dict(feature_dtype=model["feature_dtype"])
+    return pipeline.bp_asked(model["K"], model["w"], _head(*model["head"].items()))
+
+
+@functools.cache
+def _conv(*items) -> ConvSettings:
+    return ConvSettings(**dict(items))
+
+
+@functools.cache
+def _head(*items) -> HeadSettings:
+    """Of these values: a head comes with many layers, and checking its values takes longer than all else here."""
+    return HeadSettings(**dict(items))
 
 
 def _attack_asks(group: Group) -> list[tuple[dict, str]]:
-    """What was asked of each attack, and the id of its model."""
-    found = []
+    """What was asked of each attack, and the id of its record."""
+    found, sha256 = [], SHA256[group.data]
     for model, attacks in zip(group.body["models"], group.body["attacks"], strict=True):
         asked = _asked(model)
-        id = record_id("model", asked, SHA256[group.data])
+        id = record_id("model", asked, sha256)
         for one in attacks:
-            amounts = {name: value for name, value in one.items() if name != "kind"}
-            found.append((pipeline.attack_asked(asked, id, one["kind"], amounts), id))
+            attack = pipeline.attack_asked(asked, id, one["kind"], {name: value for name, value in one.items() if name != "kind"})
+            found.append((attack, record_id("attack", attack, sha256)))
     return found
 
 
-def _audit_asks(group: Group, store: Store) -> list[dict]:
-    """What was asked of the audits that follow from the attacks that the store holds."""
-    last = {}
-    for asked, id in _attack_asks(group) if group.body["audited"] else []:
-        record = store.light("attack").get(record_id("attack", asked, SHA256[group.data]))
-        if asked["attack"] == "fgsm" and record and record["results"]["fit"]["status"] == "ok":
-            last[id] = pipeline.audit_asked(asked, record["id"], group.body["audited"])
-    return list(last.values())
-
-
 def missing(group: Group, store: Store) -> list[tuple[str, dict]]:
-    """Those of :func:`asks` of which the store holds neither a record nor why there is none.
+    """Those of :func:`asks`, and of the audits that follow, of which the store holds neither a record nor why there is none.
 
-    Models of a layer that did not reach ``f_least``, and attacks on models that came to nothing, are not missing.
+    Models of a layer that did not reach ``f_least``, and attacks on models that came to nothing, are not missing; attacks on a model as it was before it was
+    trained again are.
     """
     sha256, body = SHA256[group.data], group.body
     if body.get("f_least"):
@@ -426,27 +428,36 @@ def missing(group: Group, store: Store) -> list[tuple[str, dict]]:
         layer = store.light("layer").get(record_id("layer", conv, sha256))
         if layer and layer["results"]["f_score_1e4"] < body["f_least"]:
             return []
-    kept = store.light(asks(group)[0][0])
-    left = [(kind, asked) for kind, asked in asks(group) if record_id(kind, asked, sha256) not in kept]
     if group.kind == "attacks":
-        left += _outdated(group, store) + [("audit", asked) for asked in _audit_asks(group, store) if record_id("audit", asked, sha256) not in store.light("audit")]
-    if not left or group.kind not in ("heads", "bp", "attacks"):
+        left = _missing_attacks(group, store)
+        model = dict(of="model")
+        failures = {asked["of"]: record_id("failure", model | _model_of(asked), sha256) for _, asked in left}
+    else:
+        kept = store.light(dict(layers="layer", probes="probe").get(group.kind, "model"))
+        left = [(kind, asked) for kind, asked in asks(group) if record_id(kind, asked, sha256) not in kept]
+    if not left or group.kind in ("layers", "probes"):
         return left
-    failed = {record["id"] for record in store.light("failure").values() if record["code"]["source"] == store.source}
+    failed = {id for id, record in store.light("failure").items() if record["code"]["source"] == store.source}
     if group.kind == "attacks":
-        of = {id: record_id("failure", dict(of="model") | _asked(model), sha256) for model in body["models"] for id in [record_id("model", _asked(model), sha256)]}
-        return [(kind, asked) for kind, asked in left if of[asked["of"]] not in failed]
+        return [(kind, asked) for kind, asked in left if failures[asked["of"]] not in failed]
     return [(kind, asked) for kind, asked in left if record_id("failure", dict(of=kind) | asked, sha256) not in failed]
 
 
-def _outdated(group: Group, store: Store) -> list[tuple[str, dict]]:
-    """Attacks on models as they were before they were trained again."""
-    models, kept, found = store.light("model"), store.light("attack"), []
+def _model_of(attack: dict) -> dict:
+    """What was asked of the model, of what was asked of an attack or audit."""
+    others = {"attack", "confidence", "of", "audited", "images", *(name for names in pipeline.AMOUNTS.values() for name in names)}
+    return {name: value for name, value in attack.items() if name not in others}
+
+
+def _missing_attacks(group: Group, store: Store) -> list[tuple[str, dict]]:
+    models, kept, audits, left, last = store.light("model"), store.light("attack"), store.light("audit"), [], {}
     for asked, id in _attack_asks(group):
-        record = kept.get(record_id("attack", asked, SHA256[group.data]))
-        if record and id in models and record["started"] < models[id]["started"]:
-            found.append(("attack", asked))
-    return found
+        record, of = kept.get(id), models.get(asked["of"])
+        if record is None or of and record["started"] < of["started"]:
+            left.append(("attack", asked))
+        elif group.body["audited"] and asked["attack"] == "fgsm" and record["results"]["fit"]["status"] == "ok":
+            last[asked["of"]] = pipeline.audit_asked(asked, id, group.body["audited"])
+    return left + [("audit", asked) for asked in last.values() if record_id("audit", asked, SHA256[group.data]) not in audits]
 
 
 def work(group: Group, run: pipeline.Run, memory: float | None = None) -> list[dict]:

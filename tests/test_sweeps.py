@@ -142,9 +142,9 @@ class TestAttacks:
         group, store = self.group(tmp_path, audited=True), Store(tmp_path)
         data = SimpleNamespace(name="cifar10-sample", sha256=sweeps.SHA256["cifar10-sample"])
         assert [kind for kind, _ in sweeps.missing(group, store)] == ["attack"]
-        ((asked, of),) = sweeps._attack_asks(group)
+        ((asked, _),) = sweeps._attack_asks(group)
         model = {k: v for k, v in asked.items() if k not in ("attack", "eps_max", "confidence", "of")}
-        assert store.put("model", model, data, {}, {}, 1.0)["id"] == of
+        assert store.put("model", model, data, {}, {}, 1.0)["id"] == asked["of"]
         attack = store.put("attack", asked, data, dict(fit=dict(status=status)), {}, 1.0)
         left = sweeps.missing(group, store)
         if status == "too-few":
@@ -158,7 +158,7 @@ class TestAttacks:
     def test_an_attack_on_the_model_as_it_was_is_missing(self, tmp_path, monkeypatch):
         group, store = self.group(tmp_path), Store(tmp_path)
         data = SimpleNamespace(name="cifar10-sample", sha256=sweeps.SHA256["cifar10-sample"])
-        ((asked, of),) = sweeps._attack_asks(group)
+        ((asked, _),) = sweeps._attack_asks(group)
         model = {k: v for k, v in asked.items() if k not in ("attack", "eps_max", "confidence", "of")}
         store.put("model", model, data, {}, {}, 1.0)
         store.put("attack", asked, data, dict(fit=dict(status="ok")), {}, 1.0)
@@ -186,7 +186,8 @@ class TestAttacks:
         do(attacked=[dict(confidence=0.2, eps_max=0.002), dict(attack="pgd", confidence=0.2, max_steps=2)])
         again = run.store.find("model")
         assert all(new["started"] > old["started"] and new["arrays"]["dropped"] for new, old in zip(again, models, strict=True))
-        assert len(run.store.find("attack")) == 4 and all(r["started"] >= again[0]["started"] for r in run.store.find("attack"))
+        since = {record["id"]: record["started"] for record in again}
+        assert len(run.store.find("attack")) == 4 and all(r["started"] >= since[r["asked"]["of"]] for r in run.store.find("attack"))
 
 
 class TestBalanced:
