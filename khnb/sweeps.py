@@ -449,6 +449,13 @@ def _model_of(attack: dict) -> dict:
     return {name: value for name, value in attack.items() if name not in others}
 
 
+def made(grid: str, preset: str, store: Store, kind: str = "model") -> list[dict]:
+    """The records of a kind that a grid asks for at a preset, as far as the store has them, without their long parts (:meth:`khnb.results.Store.light`)."""
+    kept = store.light(kind)
+    ids = (record_id(kind, asked, SHA256[group.data]) for group in groups(grid, preset) for what, asked in asks(group) if what == kind)
+    return [kept[id] for id in dict.fromkeys(ids) if id in kept]
+
+
 def _missing_attacks(group: Group, store: Store) -> list[tuple[str, dict]]:
     models, kept, audits, left, last = store.light("model"), store.light("attack"), store.light("audit"), [], {}
     for asked, id in _attack_asks(group):

@@ -196,6 +196,26 @@ def shares_8_1(layers: list[tuple[dict, float]]) -> list[dict]:
     return rows
 
 
+def by_value(name: str, models: list[dict]) -> list[dict]:
+    """The rows of the thesis's table A.2, A.3 or A.4, each with ``here`` (how many of our models have the value), ``here_avg`` and ``here_max`` of their accuracy.
+
+    name : ``"table_A2"`` ...; models : records. Without models ``here`` is 0 and the others are ``None``. rExp and PReLU have no power: they are in no row of n.
+    """
+
+    def has(asked, row):
+        parameter, value = row["parameter"], row["value"]
+        if parameter == "n" and asked["sigma"] in ("rexp", "prelu"):
+            return False
+        given = asked[{"eta0": "head_eta0"}.get(parameter, parameter)]
+        return given == value.lower() if isinstance(given, str) else given == float(value)
+
+    rows = []
+    for row in thesis(name):
+        found = [r["results"]["test_accuracy"] for r in models if has(r["asked"], row)]
+        rows.append(row | dict(here=len(found), here_avg=np.mean(found) if found else None, here_max=max(found, default=None)))
+    return rows
+
+
 def attacked_models(store, attack: str = "fgsm", confidence: float = 0.8, **amounts) -> list[dict]:
     """A row for each model on the full CIFAR-10 that was attacked like this (``amounts``: ``step``, ``radius``, ...), whatever came of it.
 
