@@ -120,7 +120,7 @@ def claims(LL: list[dict], BP: list[dict], pgd: list[dict], low: list[dict]) -> 
         found = effect(grid, "m", quantity)
         size = Interval(abs(found.value), 0.0, max(abs(found.low), abs(found.high)), found.models)
         verdict = "supported" if size.high < limit else "contradicted" if min(abs(found.low), abs(found.high)) > limit and found.low * found.high > 0 else "open"
-        add(f"LL: m 1 more: hardly matters for {'accuracy' if quantity == 'accuracy' else 'R'} (less than {limit:g}{unit})", "10", found, unit, 1, above=0)
+        add(f"LL: m 1 more: hardly matters for {'accuracy' if quantity == 'accuracy' else 'R'} (less than {'a point' if quantity == 'accuracy' else '10%'})", "10", found, unit, 1, above=0)
         rows[-1]["verdict"] = verdict if size.verdict(above=0) != "too few models" else "too few models"
     for quantity, unit in (("accuracy", " points"), ("R", "%")):
         add(f"LL: w_pool 2 more: no rule for {'accuracy' if quantity == 'accuracy' else 'R'}", "10", effect(grid, "w_pool", quantity), unit, 1, above=0)

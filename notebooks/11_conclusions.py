@@ -67,8 +67,8 @@ glue("answer-so-far", HTML(tables.html(rows) if rows else f"<p>{none}</p>"))  # 
 # The smallest models were chosen so that LL and BP can be compared directly: at these hyperparameters the thesis finds
 # both kinds nearly equally accurate. The [scoreboard](../scoreboard.md) lists what has been compared, and what has not.
 #
-# Some of these models were audited by stronger and by weaker attacks, so that robustness is not taken for granted where a gradient merely leads nowhere
-# ([chapter 9](#masking)).
+# Models are audited by stronger and by weaker attacks, so that robustness is not taken for granted where a gradient merely leads nowhere
+# ([chapter 9](#masking) says how many are). What the records say about each claim of the thesis, with the number that decides, is in [chapter 10](#claims).
 #
 # Two things were learned on the way that the thesis does not say. Its text does not fix the scale of the KH update, the
 # meaning of a minibatch or what is ranked; only some combinations reproduce its numbers
@@ -86,5 +86,5 @@ glue("answer-so-far", HTML(tables.html(rows) if rows else f"<p>{none}</p>"))  # 
 # - **Pruning** the filters that never became features, instead of discarding whole layers.
 # - Why **BP models with steep activation functions** (ELU to the power 10 to 16, wide filters) are so robust. That they only hide their gradients from the
 #   attack {cite}`athalye2018` is unlikely: two trained here are nearly as robust as the thesis's, and their audits find no sign of it ([chapter 9](#masking)).
-# - **Stronger attacks** as the measure itself, and other norms: so far they serve to audit a few models.
+# - **Stronger attacks** as the measure itself, and other norms: so far they serve to audit models.
 # - The **mechanism** behind the trade-off, hyperparameter by hyperparameter.

@@ -75,7 +75,7 @@ class TestVerdicts:
         found = {row["claim"]: row["verdict"] for row in claims.claims(LL, BP, pgd, [row | dict(R=0.7 * row["R"]) for row in LL])}
         right = [name for name in found if name.startswith("LL: ") and any(f": {p} " in f": {name[4:]}" for p in ("w", "p", "K", "n"))]
         assert len(right) == 8 and {found[name] for name in right} == {"supported"}
-        assert found["LL: m 1 more: hardly matters for accuracy (less than 1 points)"] == "supported"
+        assert found["LL: m 1 more: hardly matters for accuracy (less than a point)"] == "supported"
         assert found["PGD finds smaller R than FGSM (mean ratio below 1)"] == "supported"
         assert {found[name] for name in found if "more robust than BP" in name} == {"supported"}
         turned = [row | dict(accuracy=1 - row["accuracy"], R=0.0004 / row["R"]) for row in LL]
