@@ -209,6 +209,11 @@ class After:
         self.attacks.sort(key=lambda one: one["confidence"])
         self.audited, self.weights = max(self.audited, job.audited), self.weights or job.weights
 
+    @property
+    def wanted(self) -> bool:
+        """Whether the weights are to be kept when the model is trained: for the attacks at least."""
+        return self.weights or bool(self.attacks)
+
 
 def only(found: list[Group], wanted: list[str]) -> list[Group]:
     """Those groups all whose layers or BP models have these values (``K=10``), and the groups that they need. ``ValueError`` where none has."""
@@ -296,7 +301,8 @@ class Wanted:
         for (data, conv, dtype, f_least), heads in self.heads.items():
             how = dict(conv=conv.dict(), feature_dtype=dtype, f_least=f_least)
             for part in _parts(list(heads), lambda head: _head_bytes(conv, head), self.head_bytes):
-                group = Group("heads", data, how | dict(heads=[head.dict() for head in part]), [makes[data, conv].id])
+                body = how | dict(heads=[head.dict() for head in part], weights=any(heads[head].wanted for head in part))
+                group = Group("heads", data, body, [makes[data, conv].id])
                 found.append(group)
                 attacking += _attacks(data, [(dict(conv=conv.dict(), head=head.dict(), feature_dtype=dtype), heads[head]) for head in part], f_least, [group])
         alike: dict[tuple, list] = {}
@@ -304,7 +310,7 @@ class Wanted:
             alike.setdefault((data, K, w), []).append((dict(K=K, w=w, head=head.dict()), after))
         for (data, _, _), models in alike.items():
             for part in _parts(models, lambda _: 1, BP_TOGETHER):
-                group = Group("bp", data, dict(models=[model for model, _ in part]))
+                group = Group("bp", data, dict(models=[model for model, _ in part], weights=any(after.wanted for _, after in part)))
                 found.append(group)
                 attacking += _attacks(data, part, 0.0, [group])
         return found + attacking
@@ -486,7 +492,10 @@ def work(group: Group, run: pipeline.Run, memory: float | None = None) -> list[d
         _try(replace(run, bare=True), pipeline.bp_model, model["K"], model["w"], HeadSettings(**model["head"]))
     if group.kind != "attacks":
         for kind, asked in asks(group):
-            found.append(run.store.get(kind, asked, run.data) or run.store.get("failure", dict(of=kind) | asked, run.data))
+            record = run.store.get(kind, asked, run.data)
+            if record and not body["weights"]:
+                record = run.store.drop(record, "linear_weight")
+            found.append(record or run.store.get("failure", dict(of=kind) | asked, run.data))
         return found
     there = {}
     for i, (model, attacks) in enumerate(zip(body["models"], body["attacks"], strict=True)):

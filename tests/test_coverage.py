@@ -81,3 +81,11 @@ def test_the_built_book_shows_what_the_manifest_says(row):
     if not PAGES.is_dir():
         pytest.skip("the book is not built: make book")
     assert re.search(f'id="{re.escape(row["anchor"])}"', page.read_text()), f"{page.name} lacks #{row['anchor']}"
+
+
+def test_no_attack_or_audit_is_of_a_model_as_it_was_before():
+    """A model that is trained again has other weights, so that what was known of it must be found again."""
+    started = {kind: {record["id"]: record["started"] for record in STORE.find(kind)} for kind in ("model", "attack")}
+    for kind, of in (("attack", "of"), ("audit", "audited")):
+        about = started["model" if kind == "attack" else "attack"]
+        assert not [r["id"] for r in STORE.find(kind) if r["asked"][of] not in about or r["started"] < about[r["asked"][of]]]

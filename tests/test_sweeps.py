@@ -167,6 +167,23 @@ class TestAttacks:
         store.put("model", model, data, {}, {}, 1.0)
         assert sweeps.missing(group, store) == [("attack", asked)]
 
+    @pytest.mark.parametrize(("more", "kept"), [(dict(attacked=False, weights=False), False), (dict(attacked=False), True), (dict(weights=False), True)])
+    def test_weights_are_kept_for_the_attacks_at_least(self, more, kept, tmp_path):
+        path = tmp_path / "mine.json"
+        path.write_text(json.dumps([dict(data="cifar10-sample", K=4, bp="train") | more]))
+        assert [group.body["weights"] for group in sweeps.groups(str(path)) if group.kind in ("heads", "bp")] == [kept, kept]
+
+    def test_without_attacks_they_are_dropped_at_once(self, tmp_path):
+        small = dict(data="cifar10-sample", K=3, w=6, m=2, conv_epochs=0, n=1, w_pool=9, head_epochs=1, head_batch=500, weights=False, attacked=False, bp="none")
+        path, store = tmp_path / "mine.json", Store(tmp_path / "store")
+        path.write_text(json.dumps([small]))
+        run = pipeline.Run(datasets.load("cifar10-sample"), store, "cpu", lambda text: None)
+        for group in sweeps.groups(str(path)):
+            sweeps.work(group, run)
+            assert sweeps.missing(group, store) == []
+        (record,) = store.find("model")
+        assert list(record["arrays"]["dropped"]) == ["linear_weight"]
+
     def test_a_model_without_weights_is_trained_again_for_an_attack(self, tmp_path, capsys):
         """The whole way on the embedded sample, at a size of seconds: heads, attacks, weights dropped; one more attack."""
         small = dict(w=6, m=2, conv_epochs=0, n=1, w_pool=9, head_epochs=1, head_batch=500, weights=False, feature_dtype="float32")
