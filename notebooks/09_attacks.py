@@ -455,12 +455,11 @@ else:
 # enough for anything. Healthy is: no image without a gradient, noise far worse than FGSM, stronger attacks better but not by worlds, and nobody left in the large ball.
 
 # %% tags=["remove-input"]
-rows, of, verdicts = [], set(), {}
+rows, clean = [], {}  # clean: model -> whether none of its audits shows a sign
 audits = run.store.full("audit")
 for record in audits:
     asked, found = record["asked"], record["results"]
-    of.add(asked["of"])
-    verdicts[found["verdict"]] = verdicts.get(found["verdict"], 0) + 1
+    clean[asked["of"]] = clean.get(asked["of"], True) and found["verdict"] == "no sign of masking"
     rows.append({
         "model": f"{asked['model']}, K={asked['K']}, w={asked['w']}" + (f", m={asked['m']}, p={asked['p']:g}" if asked["model"] == "LL" else "") + f", {asked['sigma']}, n={asked['n']:g}, pool {asked['w_pool']}, seed {asked['seed']}" + (f" and {asked['head_seed']}" if "head_seed" in asked else ""),
         "R": f"{found['epsilon']:.4f}", "no gradient": f"{found['zero_gradients']:.1%}", "noise": f"{found['noise']:.0%}", "FGSM": f"{found['fgsm']:.0%}",
@@ -468,8 +467,9 @@ for record in audits:
         "large ball": f"{found['unbounded']:.0%}", "verdict": found["verdict"], "record": f"`{record['id']}`",
     })
 with_R = {row["id"] for kind in every for row in every[kind][0.8] if row["status"] == "ok"}
-told = "; ".join(f"{count} of these: {verdict}" for verdict, count in sorted(verdicts.items(), key=lambda one: -one[1]))
-Markdown(f"**{len(of & with_R)} of the {len(with_R)} models with an R are audited; {told}.** Others were kept without their classifiers and must be trained again for it." if rows else "The store holds no audits.")
+audited = clean.keys() & with_R
+left = f" The other {len(with_R - audited)} were kept without their classifiers and must be trained again for it." if with_R - audited else ""
+Markdown(f"**{len(audited)} of the {len(with_R)} models with an R are audited; {sum(clean[id] for id in audited)} of these show no sign of masking.**{left}" if rows else "The store holds no audits.")
 
 # %% tags=["remove-input", "hide-output"]
 Markdown(tables.markdown(rows) if rows else "")
