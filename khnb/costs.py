@@ -39,14 +39,13 @@ PACKED = 0.93  # share of its size that an array of float32 keeps when it is com
 
 @dataclass
 class Cost:
-    """``flop`` and ``moved`` (bytes to and from memory, on a GPU), ``disk`` bytes, ``gib`` of memory, and ``seconds`` of one thread."""
+    """``flop`` and ``moved`` (bytes to and from memory, on a GPU), ``disk`` bytes, and ``gib`` of memory."""
 
     flop: float = 0.0
     moved: float = 0.0
     launches: float = 0.0
     disk: float = 0.0
     gib: float = 1.0
-    seconds: float = 0.0
 
 
 def _patches(group, conv: ConvSettings) -> float:
@@ -353,27 +352,30 @@ PARTS = (
 def on_gpu(group, card: Card | None = None) -> float:
     """Seconds on a GPU: the largest of the times that operations, bytes and launches take. An estimate from shapes: not run on a GPU."""
     card = card or Card()
-    cost = of(group, memory=0.8 * card.gib)
+    return _slowest(of(group, memory=0.8 * card.gib), card)
+
+
+def _slowest(cost: Cost, card: Card) -> float:
     return max(cost.flop / (card.flops * card.reached), cost.moved / (card.bandwidth * card.reached), cost.launches * card.launch)
 
 
 def thesis_on_gpu(card: Card | None = None) -> list[dict]:
     """A row for each part of the thesis: layers, models, attacks, operations, bytes, launches, and hours on one GPU."""
-    rows = []
+    rows, card = [], card or Card()
     for name, grid, passing, whole in PARTS:
         row = {"part": name, "layers": 0, "models": 0, "attacks": 0, "Pflop": 0.0, "TB moved": 0.0, "million launches": 0.0, "hours": 0.0}
         grids = grid + {"E19": "+E21+E22", "E20": "+E21+E22"}.get(grid, "")
-        for group in sweeps.groups(grids, "thesis", (card or Card()).gib * 2**30):
+        for group in sweeps.groups(grids, "thesis", card.gib * 2**30):
             bp = group.kind == "bp" or group.kind == "attacks" and "conv" not in group.body["models"][0]
             if grid in ("E19", "E20") and bp != (grid == "E20"):
                 continue  # E21 and E22 attack both
             share = whole if group.kind == "layers" else passing
-            cost = of(group, memory=0.8 * (card or Card()).gib)
+            cost = of(group, memory=0.8 * card.gib)
             row[dict(layers="layers", heads="models", bp="models", attacks="attacks")[group.kind]] += round(group.count * (1 if group.kind == "layers" else share))
             row["Pflop"] += share * cost.flop / 1e15
             row["TB moved"] += share * cost.moved / 1e12
             row["million launches"] += share * cost.launches / 1e6
-            row["hours"] += share * on_gpu(group, card) / 3600
+            row["hours"] += share * _slowest(cost, card) / 3600
         rows.append(row)
     rows.append({"part": "all"} | {key: sum(row[key] for row in rows) for key in list(rows[0])[1:]})
     return rows

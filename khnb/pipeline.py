@@ -483,8 +483,8 @@ def attack(run: Run, model_record: dict, kind: str = "fgsm", confidence: float =
     started, device, more = time.perf_counter(), pick_device(run.device), {}
     others = run.store.find("attack", **{name: value for name, value in asked.items() if name != "confidence"})
     here = dict(name=run.data.name, **run.data.sha256)
-    wider = [r for r in others if r["asked"]["confidence"] < confidence and "confidences" in r["arrays"]["names"] and r["data"] == here]
-    wider = [r for r in wider if r["started"] >= model_record["started"]]
+    of_this = [r for r in others if r["data"] == here and r["started"] >= model_record["started"]]
+    wider = [r for r in of_this if r["asked"]["confidence"] < confidence and "confidences" in r["arrays"]["names"]]
     if wider:
         kept = Rows(wider[0], "confidences", amounts["confidence"])
         arrays, more = run.store.rows(kept), dict(derived_from=wider[0]["id"])

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -395,19 +394,8 @@ def asks(group: Group) -> list[tuple[str, dict]]:
 
 def _asked(model: dict) -> dict:
     if "conv" in model:
-        return pipeline.ll_asked(_conv(*model["conv"].items()), _head(*model["head"].items())) | dict(feature_dtype=model["feature_dtype"])
-    return pipeline.bp_asked(model["K"], model["w"], _head(*model["head"].items()))
-
-
-@functools.cache
-def _conv(*items) -> ConvSettings:
-    return ConvSettings(**dict(items))
-
-
-@functools.cache
-def _head(*items) -> HeadSettings:
-    """Of these values: a head comes with many layers, and checking its values takes longer than all else here."""
-    return HeadSettings(**dict(items))
+        return pipeline.ll_asked(ConvSettings.of(model["conv"]), HeadSettings.of(model["head"])) | dict(feature_dtype=model["feature_dtype"])
+    return pipeline.bp_asked(model["K"], model["w"], HeadSettings.of(model["head"]))
 
 
 def _attack_asks(group: Group) -> list[tuple[dict, str]]:
@@ -458,8 +446,7 @@ def _model_of(attack: dict) -> dict:
 def made(grid: str, preset: str, store: Store, kind: str = "model") -> list[dict]:
     """The records of a kind that a grid asks for at a preset, as far as the store has them, without their long parts (:meth:`khnb.results.Store.light`)."""
     kept = store.light(kind)
-    ids = (record_id(kind, asked, SHA256[group.data]) for group in groups(grid, preset) for what, asked in asks(group) if what == kind)
-    return [kept[id] for id in dict.fromkeys(ids) if id in kept]
+    return [kept[id] for id in dict.fromkeys(id for what, id in _ids(groups(grid, preset)) if what == kind) if id in kept]
 
 
 def _missing_attacks(group: Group, store: Store) -> list[tuple[str, dict]]:
@@ -685,7 +672,7 @@ def _size(count: float) -> str:
     return next(f"{count / 1000**i:.1f} {name}" for i, name in ((3, "GB"), (2, "MB"), (1, "kB"), (0, "B")) if count >= 1000**i or i == 0)
 
 
-def status(found: list[Group], store: Store, folder: Path, workers: int, verbose: bool = False) -> str:
+def status(found: list[Group], store: Store, folder: Path, workers: int) -> str:
     """How far a sweep is, from its records, the locks of those at work, and what its jobs left."""
     done, running, failed, left = [], [], [], []
     for group in found:
@@ -706,9 +693,9 @@ def status(found: list[Group], store: Store, folder: Path, workers: int, verbose
     if running + left and all(told.get(group.id) for group in running + left):
         seconds = runner.pace(folder) * costs.schedule(running + left, told, workers)
         rows.append(f"about {runner.minutes(seconds)} left on {workers} worker{'s' * (workers != 1)}; so far groups took {runner.pace(folder):.2f} times what was expected")
-    versions = Counter(record["code"]["source"] for kind, id in _ids(done, store) if (record := store.light(kind).get(id)))
-    nothing = sum(record["id"] in {record_id("failure", dict(of=kind) | asked, SHA256[group.data]) for group in done for kind, asked in asks(group)}
-                  for record in store.light("failure").values()) if store.light("failure") else 0
+    versions = Counter(record["code"]["source"] for kind, id in _ids(done) if (record := store.light(kind).get(id)))
+    failures = store.light("failure")
+    nothing = failures and len(failures.keys() & {record_id("failure", dict(of=kind) | asked, SHA256[group.data]) for group in done for kind, asked in asks(group)})
     if versions:
         rows.append("records by code version: " + ", ".join(f"{source[:8]} {count}{' (as it is now)' * (source == store.source)}" for source, count in versions.most_common()))
     if nothing:
@@ -718,7 +705,7 @@ def status(found: list[Group], store: Store, folder: Path, workers: int, verbose
     return "\n".join(rows)
 
 
-def _ids(found: list[Group], store: Store) -> Iterable[tuple[str, str]]:
+def _ids(found: list[Group]) -> Iterable[tuple[str, str]]:
     for group in found:
         for kind, asked in asks(group):
             yield kind, record_id(kind, asked, SHA256[group.data])
@@ -746,7 +733,7 @@ def main(words: list[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     store, folder = Store(), runs() / f"{Path(given.grid).stem}-{given.preset}"
-    workers = max(1, given.cores // given.threads) if device.type == "cpu" else _gpus()
+    workers = max(1, given.cores // given.threads) if device.type == "cpu" else torch.cuda.device_count()
     if given.do == "status":
         print(status(found, store, folder, workers))
         return 0
@@ -764,10 +751,6 @@ def _counter(found: list[Group]):
     if not sys.stderr.isatty():
         return None
     return lambda done, total: print(f"\rmeasuring rates: {done} of {total} groups", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-
-def _gpus() -> int:
-    return torch.cuda.device_count()
 
 
 def _engine(given, found, todo, times, device, folder: Path, workers: int, more: list[str]) -> int:
