@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import khnb.data
+from pages import page_of
 
 # What the tests compute is small: more threads bring nothing, and wait for each other where the machine has other work.
 torch.set_num_threads(1)
@@ -80,3 +81,23 @@ def kh_filters(digits):
 
     s = ConvSettings(K=4, w=4, m=2, delta=0.1, conv_epochs=6, conv_batch=200, conv_eta0=2e-2)
     return train_layer(digits.train_images[:200], s).weight
+
+
+@pytest.fixture
+def shown(browser):
+    """Shows a widget at a width; no error may come up while the test looks at it."""
+    errors, pages = [], []
+
+    def show(widget, width=1000):
+        page = browser.new_page(viewport=dict(width=width, height=900))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.set_content(page_of(widget))
+        page.wait_for_selector("body[data-ready]")
+        pages.append(page)
+        return page
+
+    yield show
+    for page in pages:
+        page.close()
+    assert errors == []

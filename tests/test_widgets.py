@@ -5,11 +5,6 @@ missing, the tests that need it are skipped and say so.
 """
 
 import base64
-import json
-import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +16,8 @@ from khnb.plots import tiles
 from khnb.settings import HeadSettings
 from khnb.widgets import AttackLab, FilterExplorer
 from khnb.widgets.attack import pack
+from pages import node
 
-WIDGETS = Path(models.__file__).parent / "widgets"
-MODULES = ("attack.js", "filters.js")
 SIGMAS = tuple(models.ACTIVATIONS)
 
 
@@ -57,27 +51,6 @@ def as_float16(net):
     return net
 
 
-def node(module, script, **given):
-    """What an expression over the exports ``m`` of a widget's module comes to; ``given`` are its other names."""
-    program = shutil.which("node")
-    if program is None:
-        pytest.skip("node is not installed: the arithmetic of the widgets' modules cannot be run here")
-    address = "data:text/javascript;base64," + base64.b64encode((WIDGETS / module).read_bytes()).decode()
-    text = f"""
-      const m = await import({json.dumps(address)});
-      const given = JSON.parse(require("fs").readFileSync(0, "utf8"));
-      const bytes = (text) => new Uint8Array(Buffer.from(text, "base64"));
-      const {{ {", ".join(given) or "_"} }} = given;
-      const result = await (async () => {{ {script} }})();
-      console.log(JSON.stringify(result, (key, v) => v === Infinity ? "inf" : v));
-    """
-    done = subprocess.run(
-        [program, "-e", f"(async () => {{ {text} }})()"], input=json.dumps(given), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def computed(net, images, labels, script):
     """``script`` run for every image with ``net``, ``x`` and ``label``."""
     header, packed = pack(net, images.shape[-1])
@@ -87,7 +60,7 @@ def computed(net, images, labels, script):
       return out;
     """
     given = dict(header=header, packed=base64.b64encode(packed).decode(), images=images.flatten(1).tolist(), labels=labels.tolist())
-    return node("attack.js", loop, **given)
+    return node("attack", loop, **given)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,25 +71,22 @@ def test_float16_is_read_as_numpy_reads_it():
     every = np.arange(2**16, dtype="<u2")
     numbers = every.view("<f2").astype(float)
     finite = np.isfinite(numbers)
-    for module in MODULES:
-        script = "return Array.from(m.decodeHalf(bytes(packed), 0, 65536))"
-        read = node(module, script, packed=base64.b64encode(every.tobytes()).decode())
-        np.testing.assert_array_equal(np.array([np.nan if x in (None, "inf") else x for x in read])[finite], numbers[finite])
+    read = node("filters", "return Array.from(m.decodeHalf(bytes(packed), 0, 65536))", packed=base64.b64encode(every.tobytes()).decode())
+    np.testing.assert_array_equal(np.array([np.nan if x in (None, "inf") else x for x in read])[finite], numbers[finite])
     assert finite.sum() == 63488
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_bytes_arrive_in_any_wrapping(module):
+def test_bytes_arrive_in_any_wrapping():
     script = """
       const b = Uint8Array.from([9, 1, 2, 3, 9]).buffer, inner = [new DataView(b, 1, 3), new Uint8Array(b, 1, 3), b];
       return inner.map((v) => Array.from(m.toBytes(v)));
     """
-    assert node(module, script) == [[1, 2, 3], [1, 2, 3], [9, 1, 2, 3, 9]]
+    assert node("filters", script) == [[1, 2, 3], [1, 2, 3], [9, 1, 2, 3, 9]]
 
 
 def test_the_error_function():
     x = torch.linspace(-7, 7, 2001, dtype=torch.float64)
-    found = node("attack.js", "return x.map(m.erf)", x=x.tolist())
+    found = node("attack", "return x.map(m.erf)", x=x.tolist())
     np.testing.assert_allclose(found, torch.erf(x), atol=1e-14)
 
 
@@ -195,7 +165,7 @@ def test_a_newer_wish_stops_the_search(sample):
 def test_tiles_in_the_page_are_the_figures_tiles():
     weight = np.random.default_rng(0).normal(size=(2, 3, 4, 4))
     for i in range(2):
-        found = node("filters.js", "return Array.from(m.tile(weight, 3, 4))", weight=weight[i].ravel().tolist())
+        found = node("filters", "return Array.from(m.tile(weight, 3))", weight=weight[i].ravel().tolist())
         picture = np.array(found).reshape(4, 4, 4)
         assert (picture[..., 3] == 255).all()
         np.testing.assert_allclose(picture[..., :3], 255 * tiles(weight)[i], atol=0.5 + 1e-9)
@@ -266,54 +236,6 @@ def test_the_traits_are_checked(sample):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
-
-PAGE = """<!doctype html><meta charset="utf-8"><body style="margin:8px;font-family:sans-serif"><div id="w"></div>
-<script type="module">
-const state = STATE;
-for (const name of BYTES) state[name] = new DataView(Uint8Array.from(atob(state[name]), (c) => c.charCodeAt(0)).buffer);
-const listeners = {};
-window.model = {
-  get: (k) => state[k], on: (e, f) => (listeners[e] ??= []).push(f), off() {}, save_changes() {},
-  set(k, v) { if (state[k] !== v) { state[k] = v; (listeners["change:" + k] ?? []).forEach((f) => f()); } },
-};
-const module = await import(URL.createObjectURL(new Blob([ESM], { type: "text/javascript" })));
-const css = document.createElement("style"); css.textContent = CSS; document.head.append(css);
-module.default.render({ model, el: document.getElementById("w") });
-document.body.dataset.ready = "yes";
-</script>"""
-
-
-def page_of(widget) -> str:
-    """A page that shows a widget without a kernel, from the state it would be embedded with."""
-    state = widget.get_state()
-    module, css = state.pop("_esm"), state.pop("_css")
-    binary = [name for name, value in state.items() if isinstance(value, (bytes, memoryview))]
-    state = {name: base64.b64encode(value).decode() if name in binary else value for name, value in state.items() if not name.startswith("_")}
-    state = {name: value for name, value in state.items() if name not in ("layout", "tabbable", "tooltip")}
-    given = dict(STATE=state, BYTES=binary, ESM=module, CSS=css)
-    pattern = re.compile(r"\b(STATE|BYTES|ESM|CSS)\b")
-    return pattern.sub(lambda match: json.dumps(given[match[1]]).replace("</", "<\\/"), PAGE)
-
-
-@pytest.fixture
-def shown(browser):
-    """Shows a widget at a width; no error may come up while the test looks at it."""
-    errors, pages = [], []
-
-    def show(widget, width=1000):
-        page = browser.new_page(viewport=dict(width=width, height=900))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.set_content(page_of(widget))
-        page.wait_for_selector("body[data-ready]")
-        pages.append(page)
-        return page
-
-    yield show
-    for page in pages:
-        page.close()
-    assert errors == []
-
 
 @pytest.fixture
 def explorer():

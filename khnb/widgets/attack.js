@@ -1,30 +1,7 @@
 // The attack lab: a small network and its attacks, computed in the page.
 //
-// One plain ES module for JupyterLab and for a page without a kernel. The first half computes (float64 throughout) and
-// touches no page, so that it can be tested on its own; the second half draws.
-
-// ---------------------------------------------------------------------------------------------- reading the weights
-
-/** Bytes out of whatever a host hands over: DataView, ArrayBuffer or typed array. */
-export function toBytes(value) {
-  if (value instanceof ArrayBuffer) return new Uint8Array(value);
-  return new Uint8Array(value.buffer, value.byteOffset, value.byteLength);
-}
-
-/** Little-endian float16 numbers, by hand: not every browser knows Float16Array. */
-export function decodeHalf(bytes, offset, count, scale = 1) {
-  const out = new Float64Array(count);
-  for (let i = 0; i < count; i++) {
-    const low = bytes[offset + 2 * i], high = bytes[offset + 2 * i + 1];
-    const exponent = (high >> 2) & 31, mantissa = ((high & 3) << 8) | low;
-    let value;
-    if (exponent === 0) value = mantissa * 2 ** -24;
-    else if (exponent === 31) value = mantissa ? NaN : Infinity;
-    else value = (1 + mantissa / 1024) * 2 ** (exponent - 15);
-    out[i] = (high & 128 ? -value : value) / scale;
-  }
-  return out;
-}
+// Comes after common.js (see khnb.widgets.base.module). The first half computes (float64 throughout) and touches no page, so
+// that it can be tested on its own; the second half draws.
 
 // --------------------------------------------------------------------------------------------- activation functions
 
@@ -297,30 +274,9 @@ export async function pgd(network, start, label, { step, radius, maxSteps }, wan
 
 // ----------------------------------------------------------------------------------------------------------- the page
 
-function make(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
-/** Draws C*side*side numbers in [0, 1], channel by channel. */
-function paint(canvas, x, channels, side) {
-  const pixels = new Uint8ClampedArray(4 * side * side);
-  for (let i = 0; i < side * side; i++) {
-    for (let c = 0; c < 3; c++) pixels[4 * i + c] = 255 * x[(channels === 3 ? c : 0) * side * side + i];
-    pixels[4 * i + 3] = 255;
-  }
-  canvas.width = canvas.height = side;
-  canvas.getContext("2d").putImageData(new ImageData(pixels, side), 0, 0);
-}
-
 const percent = (v) => `${(100 * v).toFixed(1)} %`;
 
-let count = 0;
-
 function render({ model, el }) {
-  const id = `khnb-attack-${++count}`;
   const { models, shape, labels, classes, max_steps: maxSteps } = model.get("header");
   const weights = model.get("weights"), pixels = toBytes(model.get("pixels"));
   const [N, C, side] = shape, size = C * side * side;
@@ -337,28 +293,17 @@ function render({ model, el }) {
   const imageIndex = () => Math.min(Math.max(model.get("image"), 0), N - 1);
 
   // ------------------------------------------------------------------------------------------------------- the parts
-  const field = (name, text, control, ...more) =>
-    make("div", { class: "khnb-field" }, make("label", { for: control.id }, text), control, ...more);
-  const choice = (name, values) => {
-    const select = make("select", { id: `${id}-${name}` });
-    for (const value of values) select.append(make("option", { value }, value));
-    select.addEventListener("change", () => set(name, select.value));
-    return select;
-  };
-  const range = (name, max, step, digits) => {
-    const input = make("input", { type: "range", id: `${id}-${name}`, min: name === "epsilon" ? 0 : step, max, step });
-    const output = make("output", { for: input.id });
-    input.addEventListener("input", () => set(name, Number(input.value)));
-    return { input, output, show: () => { input.value = model.get(name); output.value = model.get(name).toFixed(digits); } };
-  };
-  const modelSelect = choice("model_name", models.map((m) => m.name)), attackSelect = choice("attack", ["FGSM", "PGD"]);
-  const epsilon = range("epsilon", 0.1, 0.0005, 4), step = range("step", 0.01, 0.0005, 4), radius = range("radius", 0.14, 0.001, 3);
-  const strength = field("epsilon", "Strength ε", epsilon.input, epsilon.output);
-  const ofPgd = [field("step", "Step", step.input, step.output), field("radius", "Radius", radius.input, radius.output)];
+  const modelSelect = choice(model, "model_name", "Model", models.map((m) => m.name)), attackSelect = choice(model, "attack", "Attack", ["FGSM", "PGD"]);
+  const digits = (count) => (value) => value.toFixed(count);
+  const strength = slider(model, "epsilon", "Strength ε", { min: 0, max: 0.1, step: 0.0005, text: digits(4) });
+  const ofPgd = [
+    slider(model, "step", "Step", { min: 0.0005, max: 0.01, step: 0.0005, text: digits(4) }),
+    slider(model, "radius", "Radius", { min: 0.001, max: 0.14, step: 0.001, text: digits(3) }),
+  ];
 
   const thumbs = Array.from({ length: N }, (_, i) => {
     const canvas = make("canvas", { "aria-hidden": "true" });
-    paint(canvas, imageAt(i), C, side);
+    paint(canvas, rgba(imageAt(i), C), side);
     const button = make("button", { type: "button", "aria-label": imageName(i), title: imageName(i) }, canvas);
     button.addEventListener("click", () => set("image", i));
     return button;
@@ -393,7 +338,7 @@ function render({ model, el }) {
   el.classList.add("khnb-widget");
   el.replaceChildren(make("div", { class: "khnb-attack" },
     gallery,
-    make("div", { class: "khnb-controls" }, field("model_name", "Model", modelSelect), field("attack", "Attack", attackSelect), strength, ...ofPgd),
+    make("div", { class: "khnb-controls" }, ...[modelSelect, attackSelect, strength, ...ofPgd].map((part) => part.field)),
     make("div", { class: "khnb-panels" },
       make("div", { class: "khnb-pictures" },
         make("div", { class: "khnb-row" }, ...pictures.map((p) => p.figure)),
@@ -411,7 +356,7 @@ function render({ model, el }) {
   function show(x, attacked, perturbation, caption, start, now, text) {
     const label = labels[imageIndex()];
     [[x, "original"], [perturbation, caption], [attacked, "attacked image"]].forEach(([picture, name], i) => {
-      paint(pictures[i].canvas, picture, C, side);
+      paint(pictures[i].canvas, rgba(picture, C), side);
       pictures[i].canvas.setAttribute("aria-label", i === 0 ? `original: ${imageName(imageIndex())}` : name);
       pictures[i].caption.textContent = name;
     });
@@ -432,11 +377,9 @@ function render({ model, el }) {
   async function draw() {
     const mine = ++turn, wanted = () => mine === turn;
     const name = modelName(), i = imageIndex(), net = network(name), x = imageAt(i), label = labels[i], attack = model.get("attack");
-    modelSelect.value = name;
-    attackSelect.value = attack;
-    [epsilon, step, radius].forEach((r) => r.show());
-    strength.hidden = attack !== "FGSM";
-    ofPgd.forEach((part) => { part.hidden = attack !== "PGD"; });
+    [modelSelect, attackSelect, strength, ...ofPgd].forEach((part) => part.show());
+    strength.field.hidden = attack !== "FGSM";
+    ofPgd.forEach((part) => { part.field.hidden = attack !== "PGD"; });
     thumbs.forEach((thumb, k) => { thumb.setAttribute("aria-pressed", k === i); thumb.tabIndex = k === i ? 0 : -1; });
     const { start, direction } = remember(`start ${name} ${i}`, () => ({ start: net.probabilities(x), direction: net.gradient(x, label).map(Math.sign) }));
 
@@ -474,13 +417,10 @@ function render({ model, el }) {
     }
   }
 
-  const events = ["image", "model_name", "attack", "epsilon", "step", "radius"].map((name) => `change:${name}`);
-  const redraw = () => { draw(); };
-  for (const event of events) model.on(event, redraw);
-  draw();
+  const unfollow = follow(model, ["image", "model_name", "attack", "epsilon", "step", "radius"], draw);
   return () => {
     turn++;
-    for (const event of events) model.off(event, redraw);
+    unfollow();
   };
 }
 

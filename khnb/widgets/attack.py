@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import anywidget
 import numpy as np
 import traitlets
 from torch import nn
 
 from khnb.layer import KHConv2d, synapses
 from khnb.models import Network
-
-HERE = Path(__file__).parent
-
-
-def _half(array: np.ndarray) -> tuple[float, bytes]:
-    """An array as little-endian float16 times a power of two, which keeps small numbers out of float16's coarse end."""
-    array = np.asarray(array, np.float64)
-    top = np.abs(array).max(initial=0)
-    if not np.isfinite(top):
-        raise ValueError("the network holds weights that are not finite: it cannot be shown")
-    scale = 2.0 ** np.floor(np.log2(32768 / top)) if top > 0 else 1.0
-    return scale, (array * scale).astype("<f2").tobytes()
+from khnb.widgets.base import Widget, as_half, limited, module, style
 
 
 def pack(network: Network, side: int) -> tuple[dict, bytes]:
@@ -48,7 +34,7 @@ def pack(network: Network, side: int) -> tuple[dict, bytes]:
     )
     header, packed = {}, b""
     for name, array in arrays.items():
-        scale, data = _half(array)
+        scale, data = as_half(array)
         header[name] = dict(offset=len(packed), scale=scale, shape=list(array.shape))
         packed += data
     bias = None if local or conv.bias is None else conv.bias.detach().double().tolist()
@@ -59,7 +45,7 @@ def pack(network: Network, side: int) -> tuple[dict, bytes]:
     return header, packed
 
 
-class AttackLab(anywidget.AnyWidget):
+class AttackLab(Widget):
     """Attack trained models in the browser: FGSM and PGD, image by image.
 
     Parameters
@@ -75,8 +61,9 @@ class AttackLab(anywidget.AnyWidget):
     ``TypeError`` or ``ValueError`` on anything outside this.
     """
 
-    _esm = HERE / "attack.js"
-    _css = HERE / "widgets.css"
+    _esm = module("attack")
+    _css = style("attack")
+    _known = limited("model_name", "image")
 
     image = traitlets.Int(0).tag(sync=True)
     model_name = traitlets.Unicode().tag(sync=True)
@@ -85,7 +72,6 @@ class AttackLab(anywidget.AnyWidget):
     step = traitlets.Float(0.002, min=1e-9, max=1).tag(sync=True)
     radius = traitlets.Float(0.03, min=1e-9, max=1).tag(sync=True)
 
-    header = traitlets.Dict().tag(sync=True)
     weights = traitlets.Bytes().tag(sync=True)
     pixels = traitlets.Bytes().tag(sync=True)
 
@@ -115,19 +101,6 @@ class AttackLab(anywidget.AnyWidget):
             header=dict(
                 models=headers, shape=list(images.shape), labels=labels.tolist(), classes=[str(c) for c in classes], max_steps=300
             ),
+            limits=dict(model_name=list(networks), image=range(len(images))),
             weights=packed, pixels=np.ascontiguousarray(images).tobytes(), **kwargs,
         )
-
-    @traitlets.validate("model_name")
-    def _known_model(self, proposal):
-        names = [header["name"] for header in self.header.get("models", [])]
-        if names and proposal["value"] not in names:
-            raise traitlets.TraitError(f"model_name={proposal['value']!r} is not valid: one of {', '.join(names)}")
-        return proposal["value"]
-
-    @traitlets.validate("image")
-    def _known_image(self, proposal):
-        count = self.header.get("shape", [0])[0]
-        if count and not 0 <= proposal["value"] < count:
-            raise traitlets.TraitError(f"image={proposal['value']} is not valid: from 0 to {count - 1}")
-        return proposal["value"]

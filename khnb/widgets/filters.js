@@ -1,40 +1,11 @@
 // The filter explorer: a grid of filters, their history, and one neuron enlarged.
 //
-// One plain ES module for JupyterLab and for a page without a kernel.
+// Comes after common.js (see khnb.widgets.base.module).
 
 const LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
 
-/** Bytes out of whatever a host hands over: DataView, ArrayBuffer or typed array. */
-export function toBytes(value) {
-  if (value instanceof ArrayBuffer) return new Uint8Array(value);
-  return new Uint8Array(value.buffer, value.byteOffset, value.byteLength);
-}
-
-/** Little-endian float16 numbers, by hand: not every browser knows Float16Array. */
-export function decodeHalf(bytes, offset, count, scale = 1) {
-  const out = new Float64Array(count);
-  for (let i = 0; i < count; i++) {
-    const low = bytes[offset + 2 * i], high = bytes[offset + 2 * i + 1];
-    const exponent = (high >> 2) & 31, mantissa = ((high & 3) << 8) | low;
-    let value;
-    if (exponent === 0) value = mantissa * 2 ** -24;
-    else if (exponent === 31) value = mantissa ? NaN : Infinity;
-    else value = (1 + mantissa / 1024) * 2 ** (exponent - 15);
-    out[i] = (high & 128 ? -value : value) / scale;
-  }
-  return out;
-}
-
 /** One filter (C, w, w) as RGBA pixels, scaled to its own range as in fig. 8.1. */
-export function tile(weight, channels, w) {
-  const low = Math.min(...weight), high = Math.max(...weight), range = high > low ? high - low : 1;
-  const pixels = new Uint8ClampedArray(4 * w * w);
-  for (let i = 0; i < w * w; i++) {
-    for (let c = 0; c < 3; c++) pixels[4 * i + c] = (255 * (weight[(channels === 3 ? c : 0) * w * w + i] - low)) / range;
-    pixels[4 * i + 3] = 255;
-  }
-  return pixels;
-}
+export const tile = (weight, channels) => rgba(weight, channels, Math.min(...weight), Math.max(...weight));
 
 /** A weight in [-1, 1] as a colour: blue below zero, white at zero, vermilion above. */
 export function diverging(value) {
@@ -42,23 +13,7 @@ export function diverging(value) {
   return end.map((v) => Math.round(255 + share * (v - 255)));
 }
 
-function make(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
-function paint(canvas, pixels, width) {
-  canvas.width = width;
-  canvas.height = pixels.length / 4 / width;
-  canvas.getContext("2d").putImageData(new ImageData(pixels, width), 0, 0);
-}
-
-let count = 0;
-
 function render({ model, el }) {
-  const id = `khnb-filters-${++count}`;
   const header = model.get("header"), bytes = toBytes(model.get("weights"));
   const chosen = () => header.models.find((m) => m.name === model.get("model_name")) ?? header.models[0];
   const epochAt = (m) => {
@@ -69,6 +24,7 @@ function render({ model, el }) {
     const size = m.shape[2] * m.shape[3] * m.shape[4];
     return decodeHalf(bytes, m.offset + 2 * (e * m.shape[1] + f) * size, size, m.scale[e][f]);
   };
+  const epochText = () => String(chosen().epochs?.[epochAt(chosen())] ?? "");
   const columnsOf = (m) => Math.ceil(Math.sqrt(m.shape[1]));
   const neuronOf = (m) => Math.min(Math.max(model.get("neuron"), 0), m.shape[1] - 1);
   const column = (x) => (x < LETTERS.length ? LETTERS[x] : column(Math.floor(x / 26) - 1) + LETTERS[x % 26]);
@@ -76,11 +32,8 @@ function render({ model, el }) {
   const set = (name, value) => { model.set(name, value); model.save_changes(); };
 
   // ------------------------------------------------------------------------------------------------------- the parts
-  const select = make("select", { id: `${id}-model` });
-  for (const m of header.models) select.append(make("option", { value: m.name }, m.name));
-  const slider = make("input", { type: "range", id: `${id}-epoch`, min: 0, step: 1 });
-  const epochText = make("output", { for: `${id}-epoch` });
-  const epochField = make("div", { class: "khnb-field" }, make("label", { for: `${id}-epoch` }, "After epoch"), slider, epochText);
+  const select = choice(model, "model_name", "Model", header.models.map((m) => m.name));
+  const time = slider(model, "epoch", "After epoch", { min: 0, step: 1, max: 0, text: () => epochText() });
   const grid = make("div", { role: "grid", class: "khnb-grid" });
   const score = make("p", { class: "khnb-note" });
   const title = make("h4", { class: "khnb-title" });
@@ -92,8 +45,7 @@ function render({ model, el }) {
 
   el.classList.add("khnb-widget");
   el.replaceChildren(make("div", { class: "khnb-filters" },
-    make("div", { class: "khnb-controls" },
-      make("div", { class: "khnb-field" }, make("label", { for: `${id}-model` }, "Model"), select), epochField),
+    make("div", { class: "khnb-controls" }, select.field, time.field),
     make("div", { class: "khnb-panels" },
       make("div", { class: "khnb-gridbox" }, grid, score),
       make("div", { class: "khnb-detail" }, title,
@@ -148,14 +100,12 @@ function render({ model, el }) {
   function drawGrid() {
     const m = chosen(), e = epochAt(m), [, , C, w] = m.shape;
     if (shown !== m.name) build(m);
-    select.value = m.name;
-    epochField.hidden = m.shape[0] < 2;
-    slider.max = m.shape[0] - 1;
-    slider.value = e;
-    const after = m.epochs ? String(m.epochs[e]) : "";
-    epochText.value = after;
-    slider.setAttribute("aria-valuetext", `after epoch ${after}`);
-    cells.forEach((cell, f) => paint(cell.firstChild, tile(weightOf(m, e, f), C, w), w));
+    select.show();
+    time.field.hidden = m.shape[0] < 2;
+    time.input.max = m.shape[0] - 1;
+    time.show();
+    time.input.value = e;
+    cells.forEach((cell, f) => paint(cell.firstChild, tile(weightOf(m, e, f), C), w));
     const good = cells.filter((_, f) => isFeature(m, e, f)).length;
     score.textContent = `${good} of ${cells.length} filters are features: no weight below or at zero, ` +
       `norm within ${header.tolerance} of 1.`;
@@ -171,7 +121,7 @@ function render({ model, el }) {
     });
     const weight = weightOf(m, e, f), most = Math.max(...weight.map(Math.abs)) || 1;
     title.textContent = `Neuron ${nameOf(m, f)}`;
-    paint(picture, tile(weight, C, w), w);
+    paint(picture, tile(weight, C), w);
     picture.setAttribute("aria-label", `filter ${nameOf(m, f)} as a colour picture`);
     channels.replaceChildren(...Array.from({ length: C }, (_, c) => {
       const name = C === 3 ? ["red", "green", "blue"][c] : "weights", canvas = make("canvas", { role: "img", "aria-label": `${name} weights` });
@@ -180,26 +130,21 @@ function render({ model, el }) {
       paint(canvas, pixels, w);
       return make("figure", {}, canvas, make("figcaption", {}, name));
     }));
-    ends.replaceChildren(...[-most, 0, most].map((v) => make("span", {}, v === 0 ? "0" : v.toPrecision(2).replace("-", "−"))));
+    ends.replaceChildren(...[-most, 0, most].map((v) => make("span", {}, v === 0 ? "0" : readable(v.toPrecision(2)))));
     const norm = m.norms[e][f], smallest = m.smallest[e][f], feature = isFeature(m, e, f);
     const last = e === m.shape[0] - 1;
     const entries = {
       [`${m.p}-norm`]: norm.toFixed(6),
-      "smallest weight": `${smallest.toPrecision(3).replace("-", "−")} (${smallest > 0 ? "all positive" : smallest < 0 ? "some negative" : "some zero"})`,
+      "smallest weight": `${readable(smallest.toPrecision(3))} (${smallest > 0 ? "all positive" : smallest < 0 ? "some negative" : "some zero"})`,
       "feature": feature ? "yes" : "no",
       "win rate": !m.wins ? "not recorded" : last ? `${(100 * m.wins[f]).toFixed(2)} % of patches` : "recorded for the last epoch only",
     };
     facts.replaceChildren(...Object.entries(entries).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
     summary.textContent = `${m.name}${m.epochs ? `, after epoch ${m.epochs[e]}` : ""}: neuron ${nameOf(m, f)} has ${m.p}-norm ` +
-      `${norm.toFixed(4)} and smallest weight ${smallest.toPrecision(2).replace("-", "−")}; it is ${feature ? "a feature" : "not a feature"}.`;
+      `${norm.toFixed(4)} and smallest weight ${readable(smallest.toPrecision(2))}; it is ${feature ? "a feature" : "not a feature"}.`;
   }
 
-  select.addEventListener("change", () => set("model_name", select.value));
-  slider.addEventListener("input", () => set("epoch", Number(slider.value)));
-  const bindings = { "change:model_name": drawGrid, "change:epoch": drawGrid, "change:neuron": drawNeuron };
-  for (const [event, call] of Object.entries(bindings)) model.on(event, call);
-  drawGrid();
-  return () => { for (const [event, call] of Object.entries(bindings)) model.off(event, call); };
+  return follow(model, ["model_name", "epoch", "neuron"], drawGrid);
 }
 
 export default { render };

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import anywidget
 import numpy as np
 import traitlets
 
-HERE = Path(__file__).parent
+from khnb.widgets.base import Widget, limited, module, style
+
 TOLERANCE = 1e-4  # of the norm, for a filter to count as a feature; as in the book's f-score
 
 
-class FilterExplorer(anywidget.AnyWidget):
+class FilterExplorer(Widget):
     """Look through the filters of one or several models.
 
     Parameters
@@ -26,14 +24,14 @@ class FilterExplorer(anywidget.AnyWidget):
     ``ValueError`` on anything outside this.
     """
 
-    _esm = HERE / "filters.js"
-    _css = HERE / "widgets.css"
+    _esm = module("filters")
+    _css = style("filters")
+    _known = limited("model_name")
 
     model_name = traitlets.Unicode().tag(sync=True)
     epoch = traitlets.Int(-1).tag(sync=True)
     neuron = traitlets.Int(0).tag(sync=True)
 
-    header = traitlets.Dict().tag(sync=True)
     weights = traitlets.Bytes().tag(sync=True)
 
     def __init__(self, models: dict[str, dict], **kwargs):
@@ -45,14 +43,7 @@ class FilterExplorer(anywidget.AnyWidget):
             headers.append(header | dict(offset=len(packed)))
             packed += data
         kwargs.setdefault("model_name", next(iter(models)))
-        super().__init__(header=dict(models=headers, tolerance=TOLERANCE), weights=packed, **kwargs)
-
-    @traitlets.validate("model_name")
-    def _known_model(self, proposal):
-        names = [header["name"] for header in self.header.get("models", [])]
-        if names and proposal["value"] not in names:
-            raise traitlets.TraitError(f"model_name={proposal['value']!r} is not valid: one of {', '.join(names)}")
-        return proposal["value"]
+        super().__init__(header=dict(models=headers, tolerance=TOLERANCE), limits=dict(model_name=list(models)), weights=packed, **kwargs)
 
 
 def _pack(name, weight, p, epochs=None, snapshots=None, wins=None) -> tuple[dict, bytes]:
