@@ -507,11 +507,16 @@ Markdown(tables.markdown(rows))
 # The thesis's finding holds in each of them: filters that are no features are less active on average, with $p=2$ by far (where it is negative, most patches
 # *inhibit* them). Low activity alone does not show that they carry nothing; a classifier without them would.
 #
-# ## Attack a model yourself
+# (attack-lab)=
+# ## 9.7 Attack a model yourself
 #
-# The models below are the ones of this page and run in your browser. Choose an image and a strength and watch the ten
-# probabilities.
+# The models below are the ones of this page, with the weights they were trained to; your browser computes their answers, their gradients and the attacks. Pick an image, or draw on it, or bring one of your own
+# (it stays on your machine). Raise $\varepsilon$ and watch the ten probabilities: often the answer flips where the picture still looks the same. Then look where this image's radius lies on the curve
+# of each model, and let PGD try the same image with small steps.
 
 # %% tags=["remove-input"]
 some = torch.cat([torch.nonzero(labels == c)[:3, 0] for c in range(10)])  # three images of every class
-AttackLab({kind: network for kind, network in networks.items()}, sample.test_images[some].numpy(), labels[some].numpy(), sample.classes)
+AttackLab(
+    networks, sample.test_images[some].numpy(), labels[some].numpy(), sample.classes,
+    radii={kind: run.store.arrays(record)["radii"] for kind, record in attacked.items() if record["results"]["fit"]["status"] == "ok"},
+)

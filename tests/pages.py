@@ -39,7 +39,11 @@ for (const name of BYTES) state[name] = new DataView(Uint8Array.from(atob(state[
 const listeners = {};
 window.model = {
   get: (k) => state[k], on: (e, f) => (listeners[e] ??= []).push(f), off() {}, save_changes() {},
-  set(k, v) { if (state[k] !== v) { state[k] = v; (listeners["change:" + k] ?? []).forEach((f) => f()); } },
+  set(key, value) {
+    for (const [k, v] of typeof key === "object" ? Object.entries(key) : [[key, value]]) {
+      if (state[k] !== v) { state[k] = v; (listeners["change:" + k] ?? []).forEach((f) => f()); }
+    }
+  },
 };
 const module = await import(URL.createObjectURL(new Blob([ESM], { type: "text/javascript" })));
 const css = document.createElement("style"); css.textContent = CSS; document.head.append(css);

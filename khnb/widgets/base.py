@@ -1,11 +1,10 @@
-"""What the widgets share in Python: the text of their modules, traits with limits, and numbers as float16."""
+"""What the widgets share in Python: the text of their modules and traits with limits."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import anywidget
-import numpy as np
 import traitlets
 
 HERE = Path(__file__).parent
@@ -48,13 +47,3 @@ class Widget(anywidget.AnyWidget):
     def __init__(self, header: dict, limits: dict | None = None, **kwargs):
         self.limits = limits or {}
         super().__init__(header=header, **kwargs)
-
-
-def as_half(array) -> tuple[float, bytes]:
-    """An array as little-endian float16 times a power of two, which keeps small numbers out of float16's coarse end."""
-    array = np.asarray(array, np.float64)
-    top = np.abs(array).max(initial=0)
-    if not np.isfinite(top):
-        raise ValueError("some weights are not finite: they cannot be shown")
-    scale = 2.0 ** np.floor(np.log2(32768 / top)) if top > 0 else 1.0
-    return scale, (array * scale).astype("<f2").tobytes()

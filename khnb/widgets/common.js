@@ -73,11 +73,9 @@ const change = (model, name, value) => { model.set(name, value); model.save_chan
 /** A labelled select for a trait. `options`: values, or pairs of value and text. Returns {field, input, show}. */
 export function choice(model, name, label, options) {
   const input = make("select", { id: uniqueId(name) });
-  for (const option of options) {
-    const [value, text] = Array.isArray(option) ? option : [option, option];
-    input.append(make("option", { value }, text));
-  }
-  input.addEventListener("change", () => change(model, name, input.value));
+  const pairs = options.map((option) => (Array.isArray(option) ? option : [option, option]));
+  for (const [value, text] of pairs) input.append(make("option", { value }, text));
+  input.addEventListener("change", () => change(model, name, pairs[input.selectedIndex][0]));  // a number stays one
   const field = make("div", { class: "khnb-field" }, make("label", { for: input.id }, label), input);
   return { field, input, show: () => { input.value = model.get(name); } };
 }
