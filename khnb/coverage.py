@@ -23,6 +23,7 @@ STATUS = {
     "not yet": "neither recomputed nor shown yet",
 }
 KINDS = ("figure", "table", "number", "ensemble")
+BP_NAMES = {"sigma": "bp_sigma", "head_epochs": "bp_epochs", "head_batch": "bp_batch"}  # of a record, and of a notebook
 
 
 def manifest(folder: Path = REFERENCE) -> list[dict[str, str]]:
@@ -60,6 +61,30 @@ def records(row: dict, store: Store) -> list[dict | None]:
     for text in row["record"].split("&"):
         kind, asked = query(text)
         found.append(next(iter(store.full(kind, **asked)), None))
+    return found
+
+
+def recompute(record: dict) -> dict:
+    """The object of a grid (see :func:`khnb.pipeline.main`) that this record is the answer to; defaults are left out.
+
+    A record of a layer, a probe, a model or an attack; ``ValueError`` for any other.
+    """
+    asked, kind = record["asked"], record["kind"]
+    if kind not in ("layer", "probe", "model", "attack"):
+        raise ValueError(f"a record of kind {kind!r} is not computed by itself; follow what it is of")
+    named = {name: asked[name] for name in PARAMETERS if name in asked}
+    bp = asked.get("model") == "BP"
+    if bp:
+        named |= {BP_NAMES[name]: named.pop(name) for name in BP_NAMES}
+    attack = {name: named.pop(name) for name in ("confidence", "step", "radius", "max_steps") if name in named}
+    found = {"what": {"layer": "layers", "probe": "probes"}.get(kind, "bp" if bp else "models"), "data": record["data"]["name"]}
+    found |= {name: value for name, value in named.items() if value != PARAMETERS[name].default}
+    if kind == "probe":
+        found |= {name: asked[name] for name in ("seeds", "until")}
+    if kind in ("model", "attack"):
+        found |= {} if bp else {"bp": "none"}
+        found |= {"head_seeds": [asked["head_seed"]]} if "head_seed" in asked else {}
+        found["attacked"] = [dict(attack=asked["attack"], **attack)] if kind == "attack" else False
     return found
 
 

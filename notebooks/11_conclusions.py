@@ -57,7 +57,21 @@ for kind, name in (("LL", "table_B1"), ("BP", "table_B3")):
             })
 none = "There are no records of models trained on the full data yet."
 glue("tab-answer", Markdown(tables.markdown(rows) if rows else none))
-glue("answer-so-far", HTML(tables.html(rows) if rows else f"<p>{none}</p>"))  # for the front page
+
+# for the front page: two models that differ in how they learned, and the most accurate of each kind
+PAIRS = {
+    "Trained alike": (dict(model="LL", K=10, w=4, m=3, p=2.0, n=4.0, sigma="gelu", w_pool=5, conv_share=1.0, head_epochs=100), dict(model="BP", K=10, w=4, n=4.0, sigma="elu", w_pool=5, head_batch=1000, head_epochs=70)),
+    "Most accurate": (dict(model="LL", K=20, w=4, m=5, p=4.0, n=16.0, sigma="elu", w_pool=9, conv_share=1.0, head_epochs=100), dict(model="BP", K=20, w=4, n=1.0, sigma="elu", w_pool=9, head_batch=1000, head_epochs=70)),
+}
+front = []
+for name, pair in PAIRS.items():
+    for asked in pair:
+        found = next((r for r in store.full("attack", attack="fgsm", confidence=0.8, seed=0, **asked) if r["results"]["fit"]["status"] == "ok"), None)
+        if found:
+            fit = found["results"]["fit"]
+            front.append({"models": name, "learned": {"LL": "locally (LL)", "BP": "by backpropagation (BP)"}[asked["model"]], "accuracy": f"{found['results']['accuracy']:.3f}",
+                          "robustness R": f"{fit['R']:.4f} ± {fit['R_err']:.4f}", "in grey levels": f"{255 * fit['R']:.1f} of 255", "record": found["id"]})
+glue("answer-so-far", HTML(tables.html(front) if front else f"<p>{none}</p>"))
 
 # %% [markdown]
 # ```{glue:md} tab-answer

@@ -1,21 +1,29 @@
 """The book: its configuration, the host of its widgets, and every built page as a reader's browser shows it.
 
-The tests marked ``page`` look at ``book/_build/html``, once from a folder and once over http, in a Chromium that is
-already on the machine, with every other host blocked. ``KHNB_CHROMIUM`` names another browser than the one on the path.
+The tests marked ``page`` look at ``book/_build/html``, once from a folder and once over http, in a Chromium and a Firefox that
+are already on the machine, with every other host blocked. ``KHNB_CHROMIUM`` names another Chromium than the one on the path.
 """
 
+import csv
 import functools
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from base64 import b64encode
+from html import unescape
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
+import firefox
 import pytest
 import yaml
+
+from khnb import coverage
 
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"
@@ -58,9 +66,9 @@ def test_no_static_folder_that_every_page_would_load():
 class Visit:
     """One page, opened: what it asked for, and what went wrong."""
 
-    def __init__(self, browser, address: str, home: str):
+    def __init__(self, browser, address: str, home: str, **how):
         self.wrong, self.strangers = [], []
-        self.context = browser.new_context(viewport={"width": 1280, "height": 900})
+        self.context = browser.new_context(viewport={"width": 1280, "height": 900}, **how)
         self.page = self.context.new_page()
 
         def allowed(url):
@@ -219,14 +227,17 @@ def homes(built):
 
 
 class Loads(HTMLParser):
-    """Addresses a page loads without being asked: scripts, styles, pictures, frames and the like."""
+    """Addresses a page loads without being asked (scripts, styles, pictures, frames and the like), those it links to, and its ids."""
 
     def __init__(self):
         super().__init__()
-        self.found, self.unnamed, self.views = [], [], 0
+        self.found, self.unnamed, self.views, self.links, self.ids = [], [], 0, [], set()
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
+        self.ids |= {attrs["id"]} if attrs.get("id") else set()
+        if tag == "a" and attrs.get("href"):
+            self.links.append(attrs["href"])
         if tag in {"script", "img", "iframe", "source", "video", "audio", "embed", "track"} and attrs.get("src"):
             self.found.append(attrs["src"])
         if tag == "link" and attrs.get("rel") not in {"next", "prev", "canonical", "author", "license"}:
@@ -312,7 +323,127 @@ class TestBuiltPages:
             assert not visit.strangers and not visit.wrong
 
     @pytest.mark.parametrize("home", ["folder", "http"])
-    def test_the_search_finds_a_word(self, home, homes, browser):
-        with Visit(browser, f"{homes[home]}/search.html?q=robustness", homes[home]) as visit:
+    def test_the_search_finds_the_blue_wall_of_death(self, home, homes, browser):
+        with Visit(browser, f"{homes[home]}/search.html?q=Blue+Wall+of+Death", homes[home]) as visit:
             visit.page.wait_for_selector("#search-results li a", timeout=20_000)
+            assert any("08_training" in link.get_attribute("href") for link in visit.page.locator("#search-results li a").all())
             assert not visit.strangers and not visit.wrong
+
+    def test_every_internal_link_leads_somewhere(self, built):
+        pages = {page.resolve(): parse(page) for page in built.rglob("*.html")}
+        lost = []
+        for page, read in pages.items():
+            for link in read.links:
+                if re.match(r"[a-z]+:|//", link) or link in ("#", ""):
+                    continue
+                path, _, anchor = unquote(link).partition("#")
+                target = (page.parent / path).resolve() if path else page
+                if not target.exists() or anchor and target in pages and anchor not in pages[target].ids:
+                    lost.append((page.name, link))
+        assert not lost
+
+    def test_the_book_is_light(self, built):
+        size = sum(file.stat().st_size for file in built.rglob("*") if file.is_file())
+        heavy = {page.name: page.stat().st_size for page in built.rglob("*.html") if page.stat().st_size > 4e6}
+        assert size < 40e6 and not heavy, (size, heavy)
+
+    @pytest.mark.parametrize("row", [r for r in coverage.manifest() if r["kind"] in ("figure", "table")], ids=lambda r: f"{r['kind']}-{r['id']}")
+    def test_beside_each_figure_and_table_is_where_it_comes_from(self, row, homes, browser, built):
+        page = (built / "notebooks" / f"{row['notebook']}.html").read_text("utf-8")
+        after = page[page.index(f'id="{row["anchor"]}"'):]
+        block = after.split("khnb-beside")[1].partition("</section>")[0]
+        title = f"{row['kind'].capitalize()} {row['id']}:"
+        assert title in block[:400] and "papermill" in block and row["scale"] in unescape(block)
+        named = re.findall(r'href="\.\./(_records/\w+\.json)"', block)
+        assert len(named) == len(coverage.records(row, coverage.Store(ROOT / "results")))
+        for path in named:
+            record = json.loads((built / path).read_text("utf-8"))
+            assert record["id"] == Path(path).stem and record["hardware"] and record["started"]
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("name", PAGES)
+    def test_nothing_keeps_a_reader_out(self, name, scheme, homes, browser):
+        """axe-core finds nothing serious, with every folded block open."""
+        axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+        with Visit(browser, f"{homes['folder']}/{name}.html", homes["folder"], color_scheme=scheme, reduced_motion="reduce") as visit:
+            visit.wait_for_widgets()
+            visit.page.evaluate("() => window.MathJax?.startup?.promise")
+            visit.page.evaluate("document.querySelectorAll('article details').forEach((part) => { part.open = true; })")
+            visit.page.evaluate("document.querySelectorAll('article .toggle-button').forEach((button) => button.click())")
+            visit.page.wait_for_timeout(700)  # what unfolds fades in
+            found = axe.run(visit.page).response["violations"]
+            serious = [
+                (rule["id"], len(rule["nodes"]), rule["nodes"][0]["html"][:200], rule["nodes"][0]["failureSummary"][:300])
+                for rule in found if rule["impact"] in ("serious", "critical")
+            ]
+            assert not serious, "\n".join(map(str, serious))
+
+    def test_a_table_is_saved_as_csv(self, homes, browser, tmp_path):
+        with Visit(browser, f"{homes['folder']}/notebooks/A_grid_searches.html", homes["folder"]) as visit:
+            tables = visit.page.locator("article table:not(.khnb-beside table)")
+            shown = tables.first.locator("tr").all_inner_texts()
+            with visit.page.expect_download() as saved:
+                visit.page.locator("article button.khnb-csv").first.click()
+            saved.value.save_as(tmp_path / "table.csv")
+            with (tmp_path / "table.csv").open(newline="", encoding="utf-8-sig") as file:
+                rows = list(csv.reader(file))
+            assert len(rows) == len(shown) > 2
+            assert rows[1] == [cell.strip() for cell in shown[1].split("\t")]
+
+
+@pytest.fixture(scope="session")
+def fox():
+    pytest.importorskip("websocket")
+    if firefox.program() is None:
+        pytest.skip("no Firefox on this machine: install the package firefox-esr")
+    fox = firefox.Firefox()
+    yield fox
+    fox.close()
+
+
+@pytest.mark.slow
+@pytest.mark.page
+@pytest.mark.parametrize("home", ["folder", "http"])
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_in_firefox(name, home, homes, fox, built):
+    views = parse(built / f"{name}.html").views
+    fox.open(f"{homes[home]}/{name}.html")
+    fox.wait(f"""!document.querySelector('script[type="{VIEW}"]') && [...document.querySelectorAll(".khnb-widget")].every((el) => el.dataset.state)""")
+    fox.ask("window.MathJax?.startup?.promise.then(() => true)")
+    assert fox.ask("""[...document.querySelectorAll(".khnb-widget")].map((el) => el.dataset.state)""") == ["mounted"] * views
+    assert fox.ask("""[...document.querySelectorAll("article .math")].filter((el) => !el.querySelector("mjx-container")).length""") == 0
+    assert not fox.wrong
+    assert not [url for url in fox.asked_for if not url.startswith((homes[home], "data:", "blob:"))]
+
+
+# An address for the repository
+
+
+def test_without_an_address_there_are_no_buttons_to_it():
+    assert config()["repository"]["url"] == "" and "use_repository_button" not in config()["html"]
+
+
+@pytest.mark.slow
+def test_with_an_address_every_page_has_buttons_to_it(tmp_path):
+    """A book of two pages with the configuration of this one and an address."""
+    url = "https://github.com/people/khnb"
+    (tmp_path / "book").mkdir()
+    shutil.copytree(BOOK / "_ext", tmp_path / "book" / "_ext")
+    shutil.copytree(BOOK / "_offline", tmp_path / "book" / "_offline")
+    given = config() | dict(repository=dict(url=url, branch="main"), execute=dict(execute_notebooks="off"))
+    given["sphinx"] = dict(given["sphinx"], local_extensions={"khnb_offline": "_ext"})
+    given["sphinx"]["config"] = given["sphinx"]["config"] | dict(
+        extensions=[name for name in given["sphinx"]["config"]["extensions"] if name not in ("khnb_beside", "sphinxcontrib.bibtex")], bibtex_bibfiles=[]
+    )
+    book = tmp_path / "book"
+    (book / "_config.yml").write_text(yaml.safe_dump(given))
+    (book / "_toc.yml").write_text(yaml.safe_dump(dict(format="jb-book", root="intro", chapters=[dict(file="notebooks/11")])))
+    (book / "intro.md").write_text("# First\n\nWords.\n")
+    (book / "notebooks").mkdir()
+    shutil.copy(ROOT / "notebooks" / "01_introduction.ipynb", book / "notebooks" / "11.ipynb")
+    subprocess.run([str(Path(sys.executable).with_name("jupyter-book")), "build", str(book)], check=True, timeout=300, capture_output=True)
+    first = (book / "_build" / "html" / "intro.html").read_text("utf-8")
+    chapter = (book / "_build" / "html" / "notebooks" / "11.html").read_text("utf-8")
+    for page, path in ((first, "book/intro.md"), (chapter, "notebooks/11.ipynb")):
+        assert f'href="{url}/issues/new' in page and f"{url}/edit/main/{path}" in page
+    assert "https://mybinder.org/v2/" in chapter and "notebooks/11.ipynb" in chapter.partition("mybinder.org")[2][:300]

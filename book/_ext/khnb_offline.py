@@ -18,6 +18,8 @@ from sphinx.errors import ExtensionError
 PACKAGE = "sphinx-mathjax-offline"
 MATHJAX = "tex-svg-full.js"
 FONT_AHEAD = re.compile(r'\s*<link rel="preload" as="font"[^>]*>')
+# A list in name only: it also holds links, which a list may not, and a screen reader would be told wrong.
+CITATIONS = ('<div role="list" class="citation-list">', '<div class="citation-list">')
 
 
 def find_mathjax() -> Path:
@@ -35,8 +37,23 @@ def configure(app, config):
     config.mathjax_path = MATHJAX
     config.html_static_path.append(str(Path(__file__).parents[1] / "_offline"))
     config.html_css_files.append("khnb.css")
+    config.html_js_files.append(("khnb-page.js", {"defer": "defer"}))
+    offer_source(config.html_theme_options)
     # The only script a page with widgets loads; myst-nb's default is two scripts from a CDN.
     config.nb_ipywidgets_js = {"khnb-widgets.js": {"defer": "defer"}}
+
+
+def offer_source(options: dict):
+    """Buttons to the source, to Binder and to Colab on every page, once the repository has an address (``repository.url``)."""
+    if options.get("repository_url"):
+        options |= {f"use_{what}_button": True for what in ("repository", "issues", "edit_page", "source")}
+        options["launch_buttons"] = options.get("launch_buttons", {}) | {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"}
+
+
+def find_source(app, pagename, templatename, context, doctree):
+    """Notebooks lie at the top of the repository (``book/notebooks`` is a link), the other pages in ``book``."""
+    if not pagename.startswith("notebooks/"):
+        context["doc_path"] = "book"
 
 
 def free_tags(app, doctree):
@@ -59,13 +76,15 @@ def finish(app, error):
     copyfile(find_mathjax(), out / "_static" / MATHJAX)
     for page in out.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
-        if FONT_AHEAD.search(text):
-            page.write_text(FONT_AHEAD.sub("", text), encoding="utf-8")
+        mended = FONT_AHEAD.sub("", text).replace(*CITATIONS)
+        if mended != text:
+            page.write_text(mended, encoding="utf-8")
 
 
 def setup(app):
     find_mathjax()  # better an error before the notebooks run than after
     app.connect("config-inited", configure)
     app.connect("doctree-read", free_tags)
+    app.connect("html-page-context", find_source, priority=100)  # before the theme makes its buttons
     app.connect("build-finished", finish)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,91 @@
+"""Beside every figure and table of the thesis: what it found, what was found here, and how to compute it again.
+
+The manifest (``reference/manifest.csv``) says which place of which page shows what. After each such place comes a folded block with the thesis's
+values, our own finding and its scale, the records behind it (copied beside the pages), the cell that draws it, and the commands that redraw and recompute it.
+"""
+
+import json
+from pathlib import Path
+from shutil import copyfile
+
+from docutils import nodes
+from sphinx.util import logging
+
+from khnb import coverage
+from khnb.results import Store
+from khnb.tables import thesis
+
+ROOT = Path(__file__).parents[2]
+FOLDER = "_records"
+LOG = logging.getLogger(__name__)
+
+
+def cell(notebook: str, anchor: str) -> str:
+    """The source of the code cell that makes what has this anchor, or nothing where it is written as text."""
+    cells = json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    found = ("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    return next((source for source in found if f'"{anchor}"' in source), "")
+
+
+def text(*parts) -> nodes.paragraph:
+    """A paragraph of strings and nodes."""
+    return nodes.paragraph("", "", *(nodes.Text(part) if isinstance(part, str) else part for part in parts))
+
+
+def fields(rows: dict) -> nodes.field_list:
+    found = nodes.field_list()
+    for name, body in rows.items():
+        found += nodes.field("", nodes.field_name("", name), nodes.field_body("", *(body if isinstance(body, list) else [body])))
+    return found
+
+
+def block(row: dict, values: str, records: list[dict], up: str) -> nodes.admonition:
+    """The folded block of one row of the manifest; ``up`` leads from its page to the top of the book."""
+    links = [nodes.reference("", "", nodes.literal("", f"{r['kind']} {r['id']}"), refuri=f"{up}{FOLDER}/{r['id']}.json", internal=True) for r in records]
+    redraw = f"cd notebooks && papermill {row['notebook']}.ipynb out.ipynb"
+    again = "\n".join(f"python -m khnb.pipeline '{json.dumps(coverage.recompute(r))}'" for r in records)
+    source = cell(row["notebook"], row["anchor"])
+    shown = {
+        "The thesis": text(values or "its values are printed beside ours"),
+        "Here": text(": ".join(filter(None, (coverage.STATUS[row["status"]], row["note"]))) + f" ({row['scale']})"),
+        "Records": text(*(part for link in links for part in (link, " "))) if links else None,
+        "Draw it again": nodes.literal_block(redraw, redraw, language="bash"),
+        "Compute it again": nodes.literal_block(again, again, language="bash") if again else None,
+        "The cell that draws it": nodes.literal_block(source, source, language="python") if source else None,
+    }
+    title = f"{row['kind'].capitalize()} {row['id']}: the thesis, what was found here, and how to make it again"
+    return nodes.admonition("", nodes.title("", title), fields({k: v for k, v in shown.items() if v}), classes=["dropdown", "khnb-beside"])
+
+
+def place(app, doctree):
+    """Put the blocks after the figures and tables of this page."""
+    page = Path(app.env.docname)
+    wanted = {row["anchor"]: row for row in coverage.manifest() if row["kind"] in ("figure", "table") and page.name == row["notebook"]}
+    if not wanted:
+        return
+    store, values = Store(ROOT / "results"), {row["figure"]: row["thesis_values"] for row in thesis("figures")}
+    for node in list(doctree.findall(lambda n: isinstance(n, (nodes.figure, nodes.table)))):
+        row = next((wanted.pop(id) for id in node["ids"] if id in wanted), None)
+        if row:
+            said = values[row["id"]] if row["kind"] == "figure" else ""
+            records = [record for record in coverage.records(row, store) if record]
+            node.parent.insert(node.parent.index(node) + 1, block(row, said, records, "../" * (len(page.parts) - 1)))
+    for anchor in wanted:
+        LOG.warning("the manifest names %s on this page, which has no such figure or table", anchor, location=str(page))
+
+
+def copy_records(app, error):
+    """Put the records that the manifest names beside the pages."""
+    if error is not None or app.builder.format != "html":
+        return
+    store, out = Store(ROOT / "results"), Path(app.outdir) / FOLDER
+    out.mkdir(exist_ok=True)
+    for row in coverage.manifest():
+        for record in filter(None, coverage.records(row, store)):
+            copyfile(store.path(record["kind"], record["id"]), out / f"{record['id']}.json")
+
+
+def setup(app):
+    app.connect("doctree-read", place)
+    app.connect("build-finished", copy_records)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
