@@ -33,6 +33,7 @@ from myst_nb import glue
 
 from khnb import schematics
 from khnb.models import PRELU_SLOPE
+from khnb.widgets import Activations, Convolution
 
 
 def show(name, figure):
@@ -110,6 +111,14 @@ show("fig-2-3", schematics.convolution())
 # The marked output value is the sum of the marked image values times the kernel as applied, that is, flipped.
 # ```
 #
+# Step through it below. Before each step, say what the next value will be. Then switch off the flip: with Sobel-y only the sign
+# changes, because this kernel turned by half a turn is its own negative. Edit a cell to make one for which more changes, and one for which
+# nothing does.
+
+# %% tags=["remove-input"]
+Convolution()
+
+# %% [markdown]
 # Deep-learning libraries leave out the flip: their "convolution" is a correlation. For *learned* filters the
 # difference is only one of naming, and so it plays no part in the rest of this book.
 #
@@ -168,6 +177,14 @@ glue("prelu-slope", PRELU_SLOPE)
 # Figure 2.4 of the thesis, redrawn from eqs. 2.4-2.10 (ELU with α = 1; for PReLU the thesis gives no slope, here α = {glue:text}`prelu-slope`).
 # ```
 #
+# The networks of this book raise $\sigma$ to a power $n$. Watch what that does to each function: compare the slopes left and right of zero
+# at $n=1$ and at $n=4$, look for places where a function that always rose falls once $n$ is even, and see where the sigmoid
+# keeps any slope at all.
+
+# %% tags=["remove-input"]
+Activations()
+
+# %% [markdown]
 # Two slips of the thesis are set right here: ELU tends to $-\alpha$ as $x\to-\infty$ (printed: $+\infty$), and the ranges
 # of sigmoid and tanh are open intervals, as neither ever reaches its limits.
 #

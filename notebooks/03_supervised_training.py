@@ -158,6 +158,8 @@ for name, mine, theirs in (("W2", torch.outer(back2, a1), W2.grad), ("W1", torch
 # ## The slopes of the activation functions
 #
 # Every layer multiplies what comes back by $\sigma'$. Where that is small, little reaches the layers below.
+# (In [chapter 2](02_neural_networks.ipynb) each slope can be read off at any place, also for powers $\sigma(x)^n$, whose slope is
+# $n\,\sigma(x)^{n-1}\sigma'(x)$.)
 
 # %% tags=["remove-cell"]
 def steepest(sigma):

@@ -30,6 +30,7 @@ from myst_nb import glue
 
 from khnb import schematics, settings
 from khnb.learning import kh_update
+from khnb.widgets import HopfieldRecall, WinnerTakesAll
 
 asked = settings.of_notebook(globals(), "m", "delta", "p", "seed")
 m, delta, p, seed = (asked[name] for name in ("m", "delta", "p", "seed"))
@@ -84,6 +85,14 @@ plt.close(fig)
 # Figure 4.1 of the thesis, redrawn: a Hopfield network of 12 nodes and 66 symmetric weights.
 # ```
 #
+# Here is one of 64 neurons. Run the recall, then damage the letter yourself, by clicking on pixels or with more flipped ones. Every
+# update lowers the energy or leaves it. Then store more letters. Of random patterns, about $N/(2\log N)$ can be stored, between seven and
+# eight for $N=64$; of these letters the first seven are minima, and with all ten even an undamaged copy changes.
+
+# %% tags=["remove-input"]
+HopfieldRecall()
+
+# %% [markdown]
 # ## The Krotov-Hopfield rule
 #
 # Krotov and Hopfield {cite}`krotov2019` build their rule on four demands: the change of a weight depends on the activity
@@ -241,6 +250,14 @@ plt.close(fig)
 # The KH rule in the plane, computed when this page was built.
 # ```
 #
+# Do it yourself: run it, then move to the inputs in one corner and raise $\Delta$ until one filter has all of them. With one input a step
+# each step shows whom the input (ringed) pulls (+) and whom it pushes away (−). Which $m$ makes the collapse less likely, and does the
+# seed matter?
+
+# %% tags=["remove-input"]
+WinnerTakesAll()
+
+# %% [markdown]
 # ## Training in two stages
 #
 # The rule trains one layer, without labels. For an LL model the filters are trained first and then left alone; a linear

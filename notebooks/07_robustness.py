@@ -31,6 +31,7 @@ from khnb import plots, schematics, settings
 from khnb.attacks import fgsm, pgd
 from khnb.results import Store
 from khnb.robustness import five_parameter, inflection, logistic
+from khnb.widgets import LogisticCurve
 
 asked = settings.of_notebook(globals(), "step", "radius")
 step, radius = asked["step"], asked["radius"]
@@ -239,6 +240,13 @@ plt.close(fig)
 # points.
 # ```
 #
+# Move the three parameters one at a time. $R$ shifts the curve, $k$ squeezes it, and $\nu$ decides at what height the steepest
+# point lies. Then push $R$ below zero: what is left under attack only flattens out, as where no threshold of confidence is set.
+
+# %% tags=["remove-input"]
+LogisticCurve()
+
+# %% [markdown]
 # Two singular values are zero up to rounding. So the covariance of a five-parameter fit is singular, and how the thesis
 # obtained the uncertainty it states for $R$ cannot be told. There is a second reason not to read an error off the fit:
 # the points of an empirical curve are not independent, since one image more at a small radius moves all points to its

@@ -38,7 +38,8 @@ const state = STATE;
 for (const name of BYTES) state[name] = new DataView(Uint8Array.from(atob(state[name]), (c) => c.charCodeAt(0)).buffer);
 const listeners = {};
 window.model = {
-  get: (k) => state[k], on: (e, f) => (listeners[e] ??= []).push(f), off() {}, save_changes() {},
+  get: (k) => state[k], on: (e, f) => (listeners[e] ??= []).push(f), save_changes() {},
+  off: (e, f) => { listeners[e] = listeners[e].filter((known) => known !== f); },
   set(key, value) {
     for (const [k, v] of typeof key === "object" ? Object.entries(key) : [[key, value]]) {
       if (state[k] !== v) { state[k] = v; (listeners["change:" + k] ?? []).forEach((f) => f()); }
@@ -47,7 +48,7 @@ window.model = {
 };
 const module = await import(URL.createObjectURL(new Blob([ESM], { type: "text/javascript" })));
 const css = document.createElement("style"); css.textContent = CSS; document.head.append(css);
-module.default.render({ model, el: document.getElementById("w") });
+window.leave = module.default.render({ model, el: document.getElementById("w") });
 document.body.dataset.ready = "yes";
 </script>"""
 

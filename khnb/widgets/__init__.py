@@ -1,9 +1,10 @@
-"""The book's two widgets: look at filters, attack a model.
+"""The book's widgets: look at filters, attack a model, and five small ones for what is better moved than read about.
 
-Both are anywidgets: in JupyterLab they are live, and a built page runs the same ES module without a kernel.
+All are anywidgets: in JupyterLab they are live, and a built page runs the same ES modules without a kernel.
 """
 
 from khnb.widgets.attack import AttackLab
 from khnb.widgets.filters import FilterExplorer
+from khnb.widgets.small import Activations, Convolution, HopfieldRecall, LogisticCurve, WinnerTakesAll
 
-__all__ = ["AttackLab", "FilterExplorer"]
+__all__ = ["Activations", "AttackLab", "Convolution", "FilterExplorer", "HopfieldRecall", "LogisticCurve", "WinnerTakesAll"]

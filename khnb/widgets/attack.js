@@ -3,43 +3,6 @@
 // Comes after common.js (see khnb.widgets.base.module). The first half computes (float64 throughout) and touches no page, so
 // that it can be tested on its own; the second half draws.
 
-// --------------------------------------------------------------------------------------------- activation functions
-
-/** The error function by its series of positive terms, which is exact to rounding on the whole range. */
-export function erf(x) {
-  const a = Math.abs(x);
-  if (!(a < 6)) return Number.isNaN(a) ? NaN : Math.sign(x);
-  let term = a, sum = a;
-  for (let i = 1; term > 1e-17 * sum; i++) {
-    term *= (2 * a * a) / (2 * i + 1);
-    sum += term;
-  }
-  return Math.sign(x) * Math.min(1, (2 / Math.sqrt(Math.PI)) * Math.exp(-a * a) * sum);
-}
-
-const PRELU_SLOPE = 0.25;
-const sigmoid = (x) => 1 / (1 + Math.exp(-x));
-const normal = (x) => 0.5 * (1 + erf(x / Math.SQRT2));
-
-/** Each as [value, derivative with respect to x, given x and the value]. */
-const ACTIVATIONS = {
-  sigmoid: [sigmoid, (x, y) => y * (1 - y)],
-  tanh: [Math.tanh, (x, y) => 1 - y * y],
-  relu: [(x) => (x > 0 ? x : 0), (x) => (x > 0 ? 1 : 0)],
-  prelu: [(x) => (x > 0 ? x : PRELU_SLOPE * x), (x) => (x > 0 ? 1 : PRELU_SLOPE)],
-  elu: [(x) => (x > 0 ? x : Math.expm1(x)), (x, y) => (x > 0 ? 1 : y + 1)],
-  gelu: [(x) => x * normal(x), (x, y) => (x === 0 ? 0.5 : y / x) + (x * Math.exp(-0.5 * x * x)) / Math.sqrt(2 * Math.PI)],
-  rexp: [(x) => (x > 0 ? Math.expm1(x) : 0), (x, y) => (x >= 0 ? y + 1 : 0)],
-};
-
-function power(x, n) {
-  if (n === 0) return 1;
-  if (!Number.isInteger(n)) return Math.pow(x, n);
-  let result = 1;
-  for (; n; n >>= 1, x *= x) if (n & 1) result *= x;
-  return result;
-}
-
 // --------------------------------------------------------------------------------------------------------- the model
 
 /**

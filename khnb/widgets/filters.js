@@ -83,14 +83,8 @@ function render({ model, el }) {
   }
 
   grid.addEventListener("keydown", (event) => {
-    const m = chosen(), K = columnsOf(m), at = neuronOf(m), x = at % K;
-    const to = {
-      ArrowLeft: x > 0 ? at - 1 : at, ArrowRight: x < K - 1 ? at + 1 : at, ArrowUp: at - K, ArrowDown: at + K,
-      Home: event.ctrlKey ? 0 : at - x, End: event.ctrlKey ? cells.length - 1 : Math.min(at - x + K - 1, cells.length - 1),
-    }[event.key];
+    const m = chosen(), to = arrow(event, neuronOf(m), columnsOf(m), cells.length);
     if (to === undefined) return;
-    event.preventDefault();
-    if (to < 0 || to >= cells.length) return;
     set("neuron", to);
     cells[to].focus();
   });
