@@ -352,7 +352,7 @@ class TestBuiltPages:
         page = (built / "notebooks" / f"{row['notebook']}.html").read_text("utf-8")
         after = page[page.index(f'id="{row["anchor"]}"'):]
         block = after.split("khnb-beside")[1].partition("</section>")[0]
-        title = f"{row['kind'].capitalize()} {row['id']}:"
+        title = f"About {row['kind']} {row['id']}:"
         assert title in block[:400] and "papermill" in block and row["scale"] in unescape(block)
         named = re.findall(r'href="\.\./(_records/\w+\.json)"', block)
         assert len(named) == len(coverage.records(row, coverage.Store(ROOT / "results")))

@@ -53,7 +53,7 @@ def block(row: dict, values: str, records: list[dict], up: str) -> nodes.admonit
         "Compute it again": nodes.literal_block(again, again, language="bash") if again else None,
         "The cell that draws it": nodes.literal_block(source, source, language="python") if source else None,
     }
-    title = f"{row['kind'].capitalize()} {row['id']}: the thesis, what was found here, and how to make it again"
+    title = f"About {row['kind']} {row['id']}: the thesis, this book, code, records"
     return nodes.admonition("", nodes.title("", title), fields({k: v for k, v in shown.items() if v}), classes=["dropdown", "khnb-beside"])
 
 
