@@ -83,7 +83,7 @@ class AttackLab(Widget):
     step = traitlets.Float(0.002, min=1e-9, max=1).tag(sync=True)
     radius = traitlets.Float(0.03, min=1e-9, max=1).tag(sync=True)
 
-    own = traitlets.Bytes(b"").tag(sync=True)
+    own = traitlets.Bytes(b"").tag(sync=True, from_json=lambda value, widget: bytes(value))  # a page sends a memoryview
     own_label = traitlets.Int(0).tag(sync=True)
 
     weights = traitlets.Bytes().tag(sync=True)
