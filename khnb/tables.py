@@ -25,7 +25,8 @@ def markdown(rows, columns=None, formats=None) -> str:
     columns : the keys to show, in this order, or a dictionary key -> heading; all keys of the first row by default.
     formats : key -> format specification (``".3f"``) or function of the value; other values are shown as they are.
 
-    Raises ``ValueError`` where there is no row, or a row lacks a column. ``None`` is shown as an empty cell.
+    Raises ``ValueError`` where there is no row, or a row lacks a column. ``None`` is shown as an empty cell. A number and its error
+    stay on one line.
     """
     rows = list(rows)
     if not rows:
@@ -40,7 +41,7 @@ def markdown(rows, columns=None, formats=None) -> str:
         if value is None:
             return ""
         text = how(value) if callable(how) else format(value, how)
-        return text.replace("|", "\\|").replace("\n", " ")
+        return text.replace("|", "\\|").replace("\n", " ").replace(" ± ", "\u00a0±\u00a0")
 
     lines = [list(headings.values()), ["---"] * len(headings)]
     lines += [[cell(row, key) for key in headings] for row in rows]

@@ -3,7 +3,7 @@
 (() => {
   "use strict";
   const quote = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-  const csv = (table) => [...table.rows].map((row) => [...row.cells].map((cell) => quote(cell.innerText.trim())).join(",")).join("\r\n") + "\r\n";
+  const csv = (table) => [...table.rows].map((row) => [...row.cells].map((cell) => quote(cell.innerText.replaceAll("\u00a0", " ").trim())).join(",")).join("\r\n") + "\r\n";
 
   const add = (table, count) => {
     const caption = table.caption?.innerText.trim() ?? "", number = caption.match(/^Table\s+([\w.]+)/)?.[1];
