@@ -72,12 +72,13 @@ const change = (model, name, value) => { model.set(name, value); model.save_chan
 
 /** A labelled select for a trait. `options`: values, or pairs of value and text. Returns {field, input, show}. */
 export function choice(model, name, label, options) {
-  const input = make("select", { id: uniqueId(name) });
+  const input = make("select", { id: uniqueId(name) }), values = [];
   for (const option of options) {
     const [value, text] = Array.isArray(option) ? option : [option, option];
     input.append(make("option", { value }, text));
+    values.push(value);  // the trait gets the value in its own type, which an option does not keep
   }
-  input.addEventListener("change", () => change(model, name, input.value));
+  input.addEventListener("change", () => change(model, name, values[input.selectedIndex]));
   const field = make("div", { class: "khnb-field" }, make("label", { for: input.id }, label), input);
   return { field, input, show: () => { input.value = model.get(name); } };
 }
