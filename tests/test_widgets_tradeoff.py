@@ -56,7 +56,7 @@ def test_every_value_survives_the_packing():
     for row, found in zip(rows, node("tradeoff", script, header=header, rows=rows, names=names), strict=True):
         for name, value in zip(names, found, strict=True):
             given = row["R_ci"] and row["R_ci"][1] if name == "R_high" else row.get(name)
-            assert value == (pytest.approx(given, rel=1e-4) if isinstance(given, float) else given)
+            assert value == (pytest.approx(given, rel=1e-6) if isinstance(given, float) else given)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_it_holds_the_attacks_of_the_store():
     rows = tables.attacked_models(store, "fgsm", 0.8)
     sifted = node("tradeoff", "return m.sift(m.unpack(header), state)", header=widget.header, state=dict(attack="FGSM", confidence=0.8, filters={}, min_images=500, min_r2=0.95))
     assert sifted["all"] == len(rows) and len(sifted["shown"]) == len(tables.accepted_models(rows)) > 0
-    assert len(json.dumps(widget.header)) < 8000 + 140 * widget.header["count"]  # the page embeds it
+    assert len(json.dumps(widget.header)) < 8000 + 150 * widget.header["count"]  # the page embeds it
     assert len(widget.limits["attack"]) == 3 and None not in widget.header["columns"]["computed"]["values"]
 
 

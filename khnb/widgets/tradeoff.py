@@ -25,11 +25,11 @@ FEW = 20  # numbers with more values than that get a colour bar and no check box
 
 
 def _plain(value):
-    """A value for JSON, numbers to five digits; what is not finite is ``None``."""
+    """A value for JSON, numbers to seven digits, so that what is shown, to five or fewer, is not rounded twice; what is not finite is ``None``."""
     if value is None or isinstance(value, str):
         return value
     value = float(value)
-    return None if not math.isfinite(value) else int(value) if value == int(value) else float(f"{value:.5g}")
+    return None if not math.isfinite(value) else int(value) if value == int(value) else float(f"{value:.7g}")
 
 
 def _column(values: list) -> dict:
