@@ -90,7 +90,7 @@ from khnb import data as datasets
 from khnb import pipeline, plots, robustness, settings, tables, training
 from khnb.layer import KHConv2d
 from khnb.learning import is_feature
-from khnb.widgets import AttackLab
+from khnb.widgets import AttackLab, TradeOffExplorer
 
 # %% [markdown]
 # How far must an image move before the model is fooled? The fast gradient sign method (eq. 7.3) moves every pixel of every
@@ -446,6 +446,17 @@ else:
 # In the manner of figure 9.10 of the thesis: models trained alike, under FGSM; LL models by $K, w, m, p, n, w_\text{pool}$, BP models by $K, w, n, w_\text{pool}, \sigma$.
 # ```
 #
+# (explorer)=
+# ### Explore them all
+#
+# Here is every model of these figures at once. Choose the attack, colour the points by any hyperparameter, keep only some of its values, and select two models to compare them line by
+# line; the arrow keys move from model to model. What is shown is also said in a sentence and, below the picture, in a table.
+
+# %% tags=["remove-input"]
+any_attacked = any(found for each in (*every.values(), *every_pgd.values()) for found in each.values())
+TradeOffExplorer.of(run.store, min_images=parameters["min_images"], min_r2=parameters["min_r2"]) if any_attacked else Markdown("The store holds no attacked models.")
+
+# %% [markdown]
 # (masking)=
 # ## 9.6 Robust, or only hard to attack?
 #

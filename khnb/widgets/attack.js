@@ -341,7 +341,7 @@ function render({ model, el }) {
     const width = make("select", { id: uniqueId("brush") }, ...[1, 2, 4].map((v) => make("option", { value: v }, v === 1 ? "1 pixel" : `${v} pixels`)));
     const file = make("input", { type: "file", id: uniqueId("file"), accept: "image/*" });
     const label = choice(model, "own_label", "Its true class", classes.map((name, i) => [i, name]));
-    const reset = make("button", { type: "button", class: "khnb-button" }, "Back to the test image");
+    const reset = button("Back to the test image", () => set({ own: new DataView(new ArrayBuffer(0)) }));
     const said = make("p", { class: "khnb-note", role: "status" });
     let cursor = [side >> 1, side >> 1], last = null;
 
@@ -379,7 +379,6 @@ function render({ model, el }) {
       show();
     });
     for (const event of ["focus", "blur"]) canvas.addEventListener(event, () => show());
-    reset.addEventListener("click", () => set({ own: new DataView(new ArrayBuffer(0)) }));
     file.addEventListener("change", async () => {
       if (!file.files[0]) return;
       try {

@@ -156,8 +156,8 @@ export function slider(model, name, label, { min, max, step, text = String }) {
 }
 
 /** A button that says what it does. */
-export function button(text, act) {
-  const input = make("button", { type: "button", class: "khnb-button" }, text);
+export function button(text, act, attributes = {}) {
+  const input = make("button", { type: "button", class: "khnb-button", ...attributes }, text);
   input.addEventListener("click", act);
   return input;
 }
