@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,3 +64,54 @@ class KHConv2d(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         kernel, norms = self.parts(images)
         return F.conv2d(images, kernel) / norms
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What F neurons answer to all patches of some images (:func:`responses`).
+
+    ``mean`` (F,) float64: mean activity; ``wins`` (F,) float64: share of the patches at which the neuron is the most active one (on a
+    tie the one of lower index), adding up to 1. The ``count`` patches that excite each neuron most, each from another image, strongest
+    first: ``activity`` (F, count) float32; ``image`` (F, count) int64, the number of the image; ``row`` and ``column``
+    (F, count) int64, the place of the patch's upper left pixel. On a tie the earlier image, and in it the earlier place.
+    """
+
+    mean: Tensor
+    wins: Tensor
+    activity: Tensor
+    image: Tensor
+    row: Tensor
+    column: Tensor
+
+
+@torch.no_grad()
+def responses(conv: nn.Module, images: Tensor, count: int = 8) -> Responses:
+    """Let neurons meet every patch of some images.
+
+    conv : a layer of F neurons, images (B, C, H, W) -> activities (B, F, H', W'), such as :class:`KHConv2d` or ``nn.Conv2d`` of stride 1.
+    images : (N, C, H, W), uint8 (divided by 255) or float. count : patches to keep of each neuron, 1 to N.
+
+    Raises ``ValueError`` for another count or images without four axes.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected (N, C, H, W)")
+    if not 1 <= count <= len(images):
+        raise ValueError(f"count={count} is not valid: from 1 to the number of images, {len(images)}")
+    best, place, total, won, patches_seen = [], [], 0, 0, 0
+    for batch in images.split(4):  # few enough that the activities stay in the processor's cache
+        activity = conv(batch.float() / 255 if batch.dtype == torch.uint8 else batch)
+        across, activity = activity.shape[3], activity.flatten(2)
+        strongest = activity.max(2)
+        best.append(strongest.values)
+        place.append(strongest.indices)
+        total = total + activity.sum(2).sum(0, dtype=torch.float64)
+        # max rather than argmax, which is slow along this axis
+        won = won + torch.bincount(activity.max(1).indices.flatten(), minlength=activity.shape[1])
+        patches_seen += len(activity) * activity.shape[2]
+    ranked = torch.cat(best).sort(stable=True, dim=0, descending=True)
+    image = ranked.indices[:count].T
+    place = torch.cat(place).gather(0, ranked.indices[:count]).T
+    return Responses(
+        mean=total / patches_seen, wins=won.double() / patches_seen,
+        activity=ranked.values[:count].T, image=image, row=place // across, column=place % across,
+    )

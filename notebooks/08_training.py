@@ -81,6 +81,7 @@ from IPython.display import Markdown
 from myst_nb import glue
 
 from khnb import learning, pipeline, plots, settings, tables
+from khnb.data import load
 from khnb.learning import f_score, fates, is_feature
 from khnb.widgets import FilterExplorer
 
@@ -467,10 +468,32 @@ glue("fig-8-8", plots.filter_grids(pictures), display=False)
 #
 # ## Look for yourself
 #
-# Move through training with the slider, compare the two kinds of filter, enlarge a neuron.
+# The explorer holds the LL model of this page with its BP twin, the two runs at the Blue Wall, and the best models of both kinds. Click a filter, or
+# move with the arrow keys: you see its channels, its numbers, and what excites it most among the patches of the 1,000 test images that come with this book.
+#
+# | to see | choose |
+# |---|---|
+# | the wall come, and be avoided | LL, wall; beside it LL, no wall; then move the slider (an epoch is a tenth of a pass there). Both start from the same filters, so follow one neuron in both. |
+# | what LL and BP make of their filters | the best of both kinds. What excites a feature looks like it; what excites a BP filter resembles it far less, and its mean activity is mostly below zero. |
+# | who does the work | several neurons with their win rates: features win the patches, noise wins hardly any |
+# | what is not finished | emphasise what is no feature, and go back in time |
 
 # %% tags=["remove-input"]
-view = {"LL": dict(weight=arrays["weight"], p=layer["asked"]["p"], epochs=arrays["epochs"].tolist(), snapshots=arrays["snapshots"], wins=arrays["wins"])}
-if "BP" in records:
-    view["BP"] = dict(weight=run.store.arrays(records["BP"])["conv_weight"], p=2)
-FilterExplorer(view)
+best_of = {kind: run.store.arrays(best[kind][0]) for kind in ("LL", "BP")}
+
+
+def on_the_way(record):
+    """The filters of a layer for the explorer, with their past."""
+    found = run.store.arrays(record)
+    return dict(weight=found["weight"], p=record["asked"]["p"], epochs=found["epochs"].tolist(), snapshots=found["snapshots"], wins=found["wins"])
+
+
+def of_bp(found):
+    return dict(weight=found["conv_weight"], bias=found["conv_bias"], p=2, kind="BP")
+
+
+view = {"LL": on_the_way(layer)} | ({"BP": of_bp(run.store.arrays(records["BP"]))} if "BP" in records else {}) | {
+    "LL, wall": on_the_way(fell), "LL, no wall": on_the_way(stood),
+    "LL, best": dict(weight=best_of["LL"]["conv_weight"], p=best["LL"][0]["asked"]["p"]), "BP, best": of_bp(best_of["BP"]),
+}
+FilterExplorer(view, load("cifar10-sample"), beside="BP" if "BP" in view else "")

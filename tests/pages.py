@@ -63,3 +63,11 @@ def page_of(widget) -> str:
     given = dict(STATE=state, BYTES=binary, ESM=module, CSS=css)
     pattern = re.compile(r"\b(STATE|BYTES|ESM|CSS)\b")
     return pattern.sub(lambda match: json.dumps(given[match[1]]).replace("</", "<\\/"), PAGE)
+
+
+def nameless(page) -> list[str]:
+    """The controls and pictures of a page that say nobody what they are."""
+    return page.evaluate(
+        """[...document.querySelectorAll("select, input, button, [role=gridcell], [role=grid], canvas")].filter((node) =>
+             !node.labels?.length && !node.ariaLabel && !node.textContent.trim() && node.ariaHidden !== "true").map((node) => node.outerHTML.slice(0, 100))"""
+    )

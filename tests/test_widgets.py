@@ -1,4 +1,4 @@
-"""The widgets: what Python packs, and what their modules compute and show, against the library.
+"""The attack lab and what the widgets share: what Python packs, and what their modules compute and show, against the library.
 
 The modules' arithmetic is run in node and compared with PyTorch; the page is run in Chromium. Where one of the two is
 missing, the tests that need it are skipped and say so.
@@ -12,14 +12,12 @@ import pytest
 import torch
 
 from khnb import attacks, models, pipeline
-from khnb.learning import is_feature
-from khnb.plots import tiles
 from khnb.results import Store
 from khnb.settings import HeadSettings
-from khnb.widgets import AttackLab, FilterExplorer
+from khnb.widgets import AttackLab
 from khnb.widgets.attack import pack
 from khnb.widgets.base import module as text_of
-from pages import node
+from pages import nameless, node
 
 ROOT = Path(__file__).parents[1]
 SIGMAS = tuple(models.ACTIVATIONS)
@@ -173,15 +171,6 @@ def test_a_newer_wish_stops_the_search(sample):
     assert found == [None]
 
 
-def test_tiles_in_the_page_are_the_figures_tiles():
-    weight = np.random.default_rng(0).normal(size=(2, 3, 4, 4))
-    for i in range(2):
-        found = node("filters", "return Array.from(m.tile(weight, 3))", weight=weight[i].ravel().tolist())
-        picture = np.array(found).reshape(4, 4, 4)
-        assert (picture[..., 3] == 255).all()
-        np.testing.assert_allclose(picture[..., :3], 255 * tiles(weight)[i], atol=0.5 + 1e-9)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The Python side
 
@@ -222,21 +211,6 @@ def test_the_lab_takes_no_other_module(sample):
         lab({"x": torch.nn.Linear(2, 2)}, sample)
 
 
-@pytest.mark.parametrize(
-    "model, message",
-    [
-        (dict(weight=np.ones((4, 2, 4, 4)), p=2), "shape"),
-        (dict(weight=np.ones((4, 3, 4, 4)), p=2, epochs=[1]), "both or neither"),
-        (dict(weight=np.ones((4, 3, 4, 4)), p=2, epochs=[1], snapshots=np.ones((2, 4, 3, 4, 4))), "snapshots"),
-        (dict(weight=np.ones((4, 3, 4, 4)), p=2, wins=np.ones(3)), "win rates"),
-        (dict(weight=np.full((4, 3, 4, 4), np.nan), p=2), "finite"),
-    ],
-)
-def test_the_explorer_says_what_is_wrong(model, message):
-    with pytest.raises(ValueError, match=message):
-        FilterExplorer({"LL": model})
-
-
 def test_the_traits_are_checked(sample):
     widget = lab({"BP": network("BP")}, sample)
     for name, value in dict(own=bytes(5), own_label=10, image=4, model_name="other", attack="CW", epsilon=-1.0, radius=0.0).items():
@@ -261,42 +235,6 @@ def test_where_a_radius_lies_on_the_curve(sample):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
-
-@pytest.fixture
-def explorer():
-    generator = np.random.default_rng(1)
-    snapshots = generator.normal(size=(3, 9, 3, 4, 4))
-    snapshots[2] = np.abs(snapshots[2])
-    snapshots[2, 1:] /= np.sqrt((snapshots[2, 1:] ** 2).sum((1, 2, 3), keepdims=True))
-    wins = np.arange(9) / 36
-    models_ = {
-        "LL": dict(weight=snapshots[2], p=2, epochs=[0, 1, 5], snapshots=snapshots, wins=wins),
-        "BP": dict(weight=generator.normal(size=(4, 3, 4, 4)), p=2),
-    }
-    return FilterExplorer(models_), snapshots
-
-
-@pytest.mark.page
-@pytest.mark.slow
-def test_the_explorer_works_with_mouse_and_keyboard(shown, explorer):
-    widget, snapshots = explorer
-    page = shown(widget)
-    good = is_feature(torch.tensor(snapshots[2]), 2, 1e-4).sum().item()
-    assert good == 8 and f"{good} of 9 filters are features" in page.inner_text(".khnb-gridbox")
-    assert page.inner_text(".khnb-title") == "Neuron A1" and "not a feature" in page.inner_text(".khnb-summary")
-    page.locator('[role="gridcell"]').first.focus()
-    for key in ("ArrowRight", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowLeft", "ArrowLeft", "End"):
-        page.keyboard.press(key)
-    assert page.inner_text(".khnb-title") == "Neuron C3" and page.evaluate("model.get('neuron')") == 8
-    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "C3"
-    assert f"{100 * 8 / 36:.2f} %" in page.inner_text(".khnb-facts")
-    page.get_by_label("After epoch").fill("0")
-    assert "0 of 9 filters" in page.inner_text(".khnb-gridbox") and "after epoch 0" in page.inner_text(".khnb-summary")
-    assert f"{np.linalg.norm(snapshots[0, 8]):.6f}" in page.inner_text(".khnb-facts")
-    page.get_by_label("Model").select_option("BP")
-    assert page.locator('[role="gridcell"]').count() == 4 and not page.get_by_label("After epoch").is_visible()
-    page.locator('[role="gridcell"]').nth(2).click()
-    assert page.inner_text(".khnb-title") == "Neuron A2"
 
 
 @pytest.mark.page
@@ -425,13 +363,6 @@ def test_trained_models_answer_in_the_browser_as_in_pytorch(browser, sample, kin
 
 @pytest.mark.page
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["lab", "explorer"])
-def test_a_widget_fits_a_telephone_and_names_its_controls(shown, explorer, sample, which):
-    widget = explorer[0] if which == "explorer" else lab({"LL": network("LL")}, sample)
-    page = shown(widget, width=390)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    nameless = page.evaluate(
-        """[...document.querySelectorAll("select, input, button, [role=gridcell], [role=grid], canvas")].filter((node) =>
-             !node.labels?.length && !node.ariaLabel && !node.textContent.trim() && node.ariaHidden !== "true").length"""
-    )
-    assert nameless == 0
+def test_the_lab_fits_a_telephone_and_names_its_controls(shown, sample):
+    page = shown(lab({"LL": network("LL")}, sample), width=390)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390 and nameless(page) == []
