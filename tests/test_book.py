@@ -416,6 +416,22 @@ def test_a_page_in_firefox(name, home, homes, fox, built):
     assert not [url for url in fox.asked_for if not url.startswith((homes[home], "data:", "blob:"))]
 
 
+@pytest.mark.slow
+@pytest.mark.page
+def test_widgets_work_in_firefox(homes, fox):
+    """The keyboard moves from image to image and the model answers; the reader's two selected models are compared."""
+    fox.open(f"{homes['folder']}/notebooks/09_attacks.html")
+    fox.wait("document.querySelectorAll('.khnb-widget[data-state=mounted]').length === 2")
+    fox.ask("document.querySelector('.khnb-thumbs button').focus()")
+    fox.press("\ue014")  # arrow to the right
+    fox.wait("/image 2 of/.test(document.querySelector('.khnb-attack .khnb-summary').textContent)")
+    fox.wait("!document.querySelector('.khnb-pictures .khnb-facts').textContent.includes('…')", 60)
+    fox.ask("document.querySelector('.khnb-cloud').focus()")
+    fox.press("\ue014", "\ue007", "\ue014", "\ue007")  # to a model, select it, to the next, select it
+    fox.wait("document.querySelectorAll('.khnb-compare thead th').length === 2")
+    assert not fox.wrong
+
+
 # An address for the repository
 
 

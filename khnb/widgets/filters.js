@@ -60,11 +60,8 @@ function makeView(data, choose) {
   const heading = make("h4", { class: "khnb-title" }), grid = make("div", { role: "grid", class: "khnb-grid" });
   const score = make("p", { class: "khnb-note" });
   const title = make("h5", { class: "khnb-title khnb-neuron" });
-  const steps = [["previous neuron", "‹", -1], ["next neuron", "›", 1]].map(([name, sign, by]) => {
-    const button = make("button", { type: "button", class: "khnb-button", "aria-label": name, title: name }, sign);
-    button.addEventListener("click", () => choose(neuron + by));
-    return { button, by };
-  });
+  const steps = [["previous neuron", "‹", -1], ["next neuron", "›", 1]].map(([name, sign, by]) =>
+    ({ button: button(sign, () => choose(neuron + by), { "aria-label": name, title: name }), by }));
   const pictures = make("div", { class: "khnb-channels" });
   const bar = make("canvas", { "aria-hidden": "true" }), ends = make("div", { class: "khnb-ends" });
   const facts = make("dl", { class: "khnb-facts" });
