@@ -9,9 +9,11 @@ import csv
 import math
 from pathlib import Path
 
+import numpy as np
+
 from khnb.results import Store, atomic_write
 from khnb.settings import PARAMETERS
-from khnb.tables import REFERENCE, ensemble_row, markdown, thesis
+from khnb.tables import REFERENCE, accepted_models, attacked_models, ensemble, ensemble_row, markdown, thesis
 
 PAGE = REFERENCE.parent / "book" / "scoreboard.md"
 STATUS = {
@@ -23,6 +25,11 @@ STATUS = {
     "not yet": "neither recomputed nor shown yet",
 }
 KINDS = ("figure", "table", "number", "ensemble")
+PGD_B = dict(step=5e-4, radius=0.14)  # the thesis's second setting
+BEST = {  # the thesis's most accurate models
+    "LL": dict(model="LL", K=20, w=4, m=5, p=4.0, n=16.0, sigma="elu", w_pool=9, conv_share=1.0, conv_epochs=30, head_epochs=100),
+    "BP": dict(model="BP", K=20, w=4, n=1.0, sigma="elu", w_pool=9, head_epochs=70),
+}
 BP_NAMES = {"sigma": "bp_sigma", "head_epochs": "bp_epochs", "head_batch": "bp_batch"}  # of a record, and of a notebook
 
 
@@ -55,7 +62,7 @@ def _number(text):
 
 def records(row: dict, store: Store) -> list[dict | None]:
     """The records a row names, on the full CIFAR-10: one per query (joined by ``&``), ``None`` where the store has none."""
-    if not row["record"] or row["record"] in ("reference", "computed"):
+    if not row["record"] or row["record"] in ("reference", "computed", "measured"):
         return []
     found = []
     for text in row["record"].split("&"):
@@ -109,7 +116,10 @@ def stated(row: dict, record: dict | None) -> tuple[str, float | None]:
 
 
 def verdict(ours: float, theirs: str, spread: float | None) -> str:
-    """In words: equal as printed, within twice the thesis's spread, within 2%, or how far off."""
+    """In words: equal as printed, within twice the thesis's spread, within 2%, or how far off; of a bound, whether it holds."""
+    if theirs[0] in "<>":
+        return "agrees" if (ours < float(theirs[1:])) == (theirs[0] == "<") else "differs"
+    theirs = theirs.lstrip("~")
     value = float(theirs)
     digits = len(theirs.partition(".")[2]) if "e" not in theirs.lower() else None
     if digits is not None and round(ours, digits) == value or math.isclose(ours, value, rel_tol=1e-9):
@@ -118,6 +128,48 @@ def verdict(ours: float, theirs: str, spread: float | None) -> str:
         return "agrees (within twice the thesis's spread)"
     off = abs(ours - value) / abs(value)
     return f"close ({off:.1%} off)" if off <= 0.02 else f"differs ({off:.0%} off)"
+
+
+def measures(store: Store) -> dict[str, tuple[float, str]]:
+    """Numbers of the thesis that no single record holds, from many of ours: id -> value, and from what. Those that lack their records are not there."""
+    found = {}
+
+    def attacked(kind, attack="fgsm", **how):
+        return accepted_models(attacked_models(store, attack, 0.8, model=kind, **how))
+
+    if LL := attacked("LL"):
+        from_all = f"{len(LL)} LL models, full CIFAR-10"
+        for name in ("acc", "R"):
+            values = [row[{"acc": "accuracy"}.get(name, name)] for row in LL]
+            found |= {f"ll_{name}_lo": (min(values), from_all), f"ll_{name}_hi": (max(values), from_all)}
+        most = max(LL, key=lambda row: row["images"])
+        found |= {"max_samples": (most["images"], from_all), "max_samples_frac": (most["images"] / round(10_000 * most["accuracy"]), from_all)}
+    steps = [r for r in store.full("attack", attack="pgd", confidence=0.8, model="LL", **PGD_B) if r["results"]["fit"]["status"] == r["results"]["fit_steps"]["status"] == "ok"]
+    if steps:
+        ratios, medians = zip(*((r["results"]["fit"]["R"] / r["results"]["fit_steps"]["R"] / PGD_B["step"], r["results"]["fit_steps"]["R"]) for r in steps), strict=True)
+        found |= {"pgd_ratio": (float(np.median(ratios)), f"median of {len(steps)} LL models"), "pgd_steps": (max(medians), f"largest R in steps of {len(steps)} LL models")}
+    models = store.full("model", held_out=0)
+    if second := [r["results"]["test_accuracy"] for r in models if r["asked"]["model"] == "LL" and r["asked"]["K"] == 10 and r["asked"]["w"] in (4, 8)]:
+        found["g2_best_acc"] = max(second), f"{len(second)} LL models with K=10, w=4 or 8; parts of grids 2 and 3 and others"
+    best = {kind: [r["results"]["test_accuracy"] for r in store.full("model", held_out=0, **asked)] for kind, asked in BEST.items()}
+    if all(best.values()):
+        seeds = " and ".join(f"{len(each)} {kind}" for kind, each in best.items())
+        found["bp_minus_ll"] = round(10_000 * (max(best["BP"]) - max(best["LL"]))), f"the best of {seeds} models"
+    for kind, table, attack, column in (("LL", "B1", None, "acc"), ("BP", "B3", None, "acc"), ("LL", "B1", "fgsm", "R"), ("BP", "B3", "fgsm", "R"), ("LL", "B2", "pgd", "R"), ("BP", "B4", "pgd", "R")):
+        how = PGD_B if attack == "pgd" else {}
+        R = {r["asked"]["of"]: r["results"]["fit"]["R"] for r in store.full("attack", attack=attack, confidence=0.8, **how) if r["results"]["fit"]["status"] == "ok"} if attack else None
+        spreads = []
+        for row in thesis(f"table_{table}"):
+            alike, _ = ensemble(models, row, kind)
+            values = [r["results"]["test_accuracy"] if R is None else R[r["id"]] for r in alike if R is None or r["id"] in R]
+            spreads += [100 * np.std(values, ddof=1) / np.mean(values)] if len(values) > 1 else []
+        if spreads:
+            found[f"spread_{kind.lower()}_{attack or 'acc'}"] = float(np.mean(spreads)), f"mean of {len(spreads)} sets of 2 to 5 models"
+    for timing in store.find("timing", benchmark="patch_methods")[:1]:
+        took = {row["w"]: row["microseconds_an_image"] for row in timing["results"]["rows"] if row["images"] == 100}
+        found["patch_rowwise_gain"] = 1 - took[4]["rows"] / took[4]["flat"], "w=4, 100 images at once, one thread"
+        found |= {f"indexer_w{w}": (took[w]["rows"] / took[w]["indexer"], "against row-wise, 100 images at once, one thread") for w in took}
+    return found
 
 
 def scoreboard(store: Store) -> str:
@@ -132,8 +184,13 @@ def scoreboard(store: Store) -> str:
     count = {kind: {s: sum(r["kind"] == kind and r["status"] == s for r in rows) for s in STATUS} for kind in KINDS[:3]}
     lines += [markdown([{"status": s, "meaning": STATUS[s]} | {f"{k}s": count[k][s] for k in count} for s in STATUS]), ""]
     lines += ["## Numbers compared", ""]
-    compared, settings = [], []
+    compared, settings, measured = [], [], measures(store)
     for row in rows:
+        if row["record"] == "measured":
+            ours, where = measured[row["id"]]
+            theirs = {"pgd_ratio": "1"}.get(row["id"]) or stated(row, None)[0]  # R_eps is the step times R_N
+            compared.append({"quantity": row["title"], "thesis": theirs, "here": f"{ours:.4g}", "verdict": verdict(ours, theirs, None), "scale": where, "record": "many"})
+            continue
         if not row["evidence"] or not (found := records(row, store)) or found[0] is None:
             continue
         ours = dig(found[0], row["evidence"])

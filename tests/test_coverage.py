@@ -36,7 +36,7 @@ def test_every_row_names_a_notebook_that_exists():
 @pytest.mark.parametrize("row", [r for r in ROWS if r["status"] in ("done", "partial")], ids=lambda r: r["id"])
 def test_what_is_claimed_has_its_record(row):
     assert row["scale"] and row["record"], "a row that is done says from what and at which scale"
-    assert row["anchor"] or row["evidence"], "a row that is done is shown somewhere"
+    assert row["anchor"] or row["evidence"] or row["record"] == "measured", "a row that is done is shown somewhere"
     found = coverage.records(row, STORE)
     assert None not in found, f"{row['id']} is {row['status']}, but the store lacks one of {row['record']}"
     if row["evidence"]:
@@ -60,7 +60,20 @@ def test_the_scoreboard_is_up_to_date():
     assert coverage.PAGE.read_text() == coverage.scoreboard(STORE), "run python -m khnb.coverage"
 
 
+def test_numbers_of_many_models_are_measured():
+    """Each measured row has its value, and each value its row; two are done again here, by hand."""
+    measured = coverage.measures(STORE)
+    assert measured.keys() == {row["id"] for row in ROWS if row["record"] == "measured"}
+    assert all(math.isfinite(value) for value, _ in measured.values())
+    radii = [r["results"]["fit"] for r in STORE.full("attack", attack="fgsm", confidence=0.8, model="LL")]
+    counting = [fit for fit in radii if fit["status"] == "ok" and fit["n"] > 500 and fit["r2"] > 0.95]
+    assert measured["ll_R_hi"][0] == max(fit["R"] for fit in counting) and str(len(counting)) in measured["ll_R_hi"][1]
+    assert measured["max_samples"][0] == max(fit["n"] for fit in counting)
+
+
 def test_verdicts():
+    assert coverage.verdict(82.0, "< 100", None) == "agrees" and coverage.verdict(120.0, "< 100", None) == "differs"
+    assert coverage.verdict(0.6, "> 0.5", None) == "agrees" and coverage.verdict(0.501, "~0.50", None) == "equal as printed"
     assert coverage.verdict(0.61949, "0.619", 0.001) == "equal as printed"
     assert coverage.verdict(0.6205, "0.619", 0.001).startswith("agrees")
     assert coverage.verdict(0.625, "0.619", 0.001) == "close (1.0% off)"
