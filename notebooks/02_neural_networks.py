@@ -56,7 +56,7 @@ show("fig-2-2", schematics.forward_step())
 # :name: fig-2-1
 # :alt: Five columns of circles, the input on the left, three hidden layers and the output on the right, with a line from each circle to every circle of the next column.
 #
-# Figure 2.1 of the thesis, redrawn: a fully connected feed-forward network with three hidden layers. Circles are
+# Redrawn: a fully connected feed-forward network with three hidden layers. Circles are
 # nodes, lines are weights; biases and activation functions are not drawn.
 # ```
 #
@@ -76,7 +76,7 @@ show("fig-2-2", schematics.forward_step())
 # :name: fig-2-2
 # :alt: Two matrix equations. Above, the new layer equals sigma of the weights times the previous layer plus the bias. Below, the bias is the first column of the weights and the previous layer begins with a one.
 #
-# Figure 2.2 of the thesis, redrawn: one step forward, eq. 2.1, with the bias apart and with the bias inside the weights.
+# Redrawn: one step forward, eq. 2.1, with the bias apart and with the bias inside the weights.
 # ```
 #
 # ## Convolution
@@ -107,7 +107,7 @@ show("fig-2-3", schematics.convolution())
 # :name: fig-2-3
 # :alt: A grid of small whole numbers, a three by three Sobel kernel and the resulting smaller grid; nine cells of the image and one of the result are highlighted, and the kernel turned by half a turn is shown beside them.
 #
-# Figure 2.3 of the thesis, with an image of our own: convolution with the Sobel-y kernel, without padding, stride 1.
+# With an image of our own: convolution with the Sobel-y kernel, without padding, stride 1.
 # The marked output value is the sum of the marked image values times the kernel as applied, that is, flipped.
 # ```
 #
@@ -174,7 +174,7 @@ glue("prelu-slope", PRELU_SLOPE)
 # :name: fig-2-4
 # :alt: Seven curves of activation functions for x from -4 to 4. Sigmoid and tanh level off; ReLU, PReLU, ELU and GeLU are close to x for positive x and differ below zero; rExp grows exponentially.
 #
-# Figure 2.4 of the thesis, redrawn from eqs. 2.4-2.10 (ELU with α = 1; for PReLU the thesis gives no slope, here α = {glue:text}`prelu-slope`).
+# Redrawn from eqs. 2.4-2.10 (ELU with α = 1; for PReLU the thesis gives no slope, here α = {glue:text}`prelu-slope`).
 # ```
 #
 # The networks of this book raise $\sigma$ to a power $n$. Watch what that does to each function: compare the slopes left and right of zero

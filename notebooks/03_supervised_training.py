@@ -179,7 +179,7 @@ glue("gelu-steepest", f"{steepest('gelu'):.2f}")
 # :name: fig-3-1
 # :alt: Seven curves of derivatives for x from -4 to 4. The sigmoid's never exceeds a quarter, tanh peaks at one, the rectifiers are one for positive x, GeLU slightly exceeds one, rExp grows exponentially.
 #
-# Figure 3.1 of the thesis, redrawn: the derivatives of the functions of figure 2.4, found by automatic differentiation.
+# Redrawn: the derivatives of the functions of figure 2.4, found by automatic differentiation.
 # ```
 #
 # The sigmoid is never steeper than {glue:text}`sigmoid-steepest`: after a few layers hardly any gradient is left, and the

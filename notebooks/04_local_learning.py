@@ -82,7 +82,7 @@ plt.close(fig)
 # :name: fig-4-1
 # :alt: Twelve numbered circles on a ring, each joined to all eleven others by straight lines.
 #
-# Figure 4.1 of the thesis, redrawn: a Hopfield network of 12 nodes and 66 symmetric weights.
+# Redrawn: a Hopfield network of 12 nodes and 66 symmetric weights.
 # ```
 #
 # Here is one of 64 neurons. Run the recall, then damage the letter yourself, by clicking on pixels or with more flipped ones. Every

@@ -55,7 +55,7 @@ plt.close(fig)
 # :name: fig-5-1
 # :alt: Ten small photographs in two rows, one of each class: aeroplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck.
 #
-# Figure 5.1 of the thesis, with a draw of our own: one test image of each class of CIFAR-10, chosen at random. The
+# With a draw of our own: one test image of each class of CIFAR-10, chosen at random. The
 # thesis does not say which images it shows.
 # ```
 #

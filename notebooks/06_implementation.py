@@ -58,7 +58,7 @@ plt.close(fig)
 # :name: fig-6-1
 # :alt: A chain of boxes from image to prediction: convolution, max-pooling, activation to the power n, flatten, linear, softmax, with the shape of the data between them.
 #
-# Figure 6.1 of the thesis, redrawn, with the shapes of this page's parameters above the arrows.
+# Redrawn, with the shapes of this page's parameters above the arrows.
 # ```
 #
 # ## Patches
@@ -189,7 +189,7 @@ plt.close(fig)
 #
 # ## Hyperparameters
 #
-# ````{table} Table 6.1 of the thesis: the hyperparameters, with the ranges as printed. A dozen names describe every model of this book.
+# ````{table} The hyperparameters, with the ranges as printed. A dozen names describe every model of this book.
 # :name: tab-6-1
 #
 # ```{glue:md} tab-6-1

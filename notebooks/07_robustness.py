@@ -236,7 +236,7 @@ plt.close(fig)
 # :name: fig-7-1
 # :alt: Five curves falling from one to zero as attack strength grows, of different steepness, position and symmetry, each with a dot at its steepest point.
 #
-# Figure 7.1 of the thesis, redrawn with our own sets of parameters: generalised logistic curves and their inflection
+# Redrawn with our own sets of parameters: generalised logistic curves and their inflection
 # points.
 # ```
 #

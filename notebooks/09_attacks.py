@@ -141,7 +141,7 @@ else:
 # :name: fig-9-1-best
 # :alt: As the last figure, for another model: four images, the sign of the gradient of each, and the attacked images with their new classes.
 #
-# Figure 9.1 of the thesis for the model it shows there, the best LL model ($K=20$, $w=4$, $m=5$, $p=4$, $n=16$, ELU, $w_\text{pool}=9$), trained here on the full CIFAR-10.
+# FGSM on the model that the thesis shows here, the best LL model ($K=20$, $w=4$, $m=5$, $p=4$, $n=16$, ELU, $w_\text{pool}=9$), trained here on the full CIFAR-10.
 # ```
 #
 # ## 9.2 How robust is a model?
@@ -200,7 +200,7 @@ Markdown(tables.markdown(rows) if rows else "No curve has an inflection point.")
 # :name: fig-9-2-best
 # :alt: One S-shaped curve of relative accuracy against attack strength with its fit and the inflection point.
 #
-# Figure 9.2 of the thesis: FGSM on its best LL model, trained here on the full CIFAR-10; images at least 80% sure.
+# FGSM on the best LL model, trained here on the full CIFAR-10; images at least 80% sure.
 # ```
 
 # %% tags=["remove-input"]
@@ -307,28 +307,28 @@ Markdown(tables.markdown(rows))
 # :name: fig-9-3
 # :alt: A scatter of models, test accuracy upwards and robustness to the right, with histograms along both axes and a straight line from the most accurate to the most robust model.
 #
-# In the manner of figure 9.3 of the thesis: LL models under FGSM, and the line from the most accurate to the most robust of them.
+# From our own records: LL models under FGSM, and the line from the most accurate to the most robust of them.
 # ```
 #
 # ```{glue:figure} fig-9-4
 # :name: fig-9-4
 # :alt: The same scatter in eight panels, coloured and marked by the value of one hyperparameter each.
 #
-# In the manner of figure 9.4 of the thesis: the same models, coloured by one hyperparameter at a time. Power $n=0$ stands for rExp, as there.
+# From our own records: the same models, coloured by one hyperparameter at a time. Power $n=0$ stands for rExp, as there.
 # ```
 #
 # ```{glue:figure} fig-9-5
 # :name: fig-9-5
 # :alt: The same scatter twice, coloured by the f-score of the filters and by the number of images.
 #
-# In the manner of figure 9.5 of the thesis: the f-score of the filters (tolerance $10^{-4}$) and the number of images that enter $\mathcal R$.
+# From our own records: the f-score of the filters (tolerance $10^{-4}$) and the number of images that enter $\mathcal R$.
 # ```
 #
 # ```{glue:figure} fig-9-6
 # :name: fig-9-6
 # :alt: The scatter at two thresholds of confidence in two colours; thin lines join each model to itself.
 #
-# In the manner of figure 9.6 of the thesis: images that the model is at least 60% and at least 80% sure of; a line joins a model at one threshold to itself at the other.
+# From our own records: images that the model is at least 60% and at least 80% sure of; a line joins a model at one threshold to itself at the other.
 # ```
 #
 # ## 9.4 PGD
@@ -349,7 +349,7 @@ else:
 # :name: fig-9-7
 # :alt: Two falling S-shaped staircases of the same form, against the distance and against the number of steps, with fits and inflection points.
 #
-# In the manner of figure 9.7 of the thesis: PGD (S = 0.14, step 0.0005) on an LL model with $K=20$, $w=4$, $m=5$, $p=4$, $w_\text{pool}=9$, ELU and the power that the next table names.
+# From our own records: PGD (S = 0.14, step 0.0005) on an LL model with $K=20$, $w=4$, $m=5$, $p=4$, $w_\text{pool}=9$, ELU and the power that the next table names.
 # ```
 
 # %% tags=["remove-input"]
@@ -373,7 +373,7 @@ Markdown(tables.markdown(rows))
 # :name: fig-9-8
 # :alt: The scatter under FGSM and under two settings of PGD in three colours; thin lines join each model to itself and lead to the left.
 #
-# In the manner of figure 9.8 of the thesis: LL models under FGSM and under PGD. The thesis prints $5\cdot10^{-5}$ for the step of the second setting, but its numbers of steps fit only the
+# From our own records: LL models under FGSM and under PGD. The thesis prints $5\cdot10^{-5}$ for the step of the second setting, but its numbers of steps fit only the
 # $5\cdot10^{-4}$ of its figure 9.7, which is used here.
 # ```
 #
@@ -420,7 +420,7 @@ Markdown(tables.markdown(rows) if rows else "No attack in the store left an imag
 # :name: fig-9-9
 # :alt: Two scatters of accuracy against robustness, LL and BP models in two colours, under FGSM and under PGD.
 #
-# In the manner of figure 9.9 of the thesis: LL and BP models under FGSM and under PGD.
+# From our own records: LL and BP models under FGSM and under PGD.
 # ```
 
 # %% tags=["remove-cell"]
@@ -443,7 +443,7 @@ else:
 # :name: fig-9-10
 # :alt: Two scatters of accuracy against robustness with small groups of points, one group for each set of hyperparameters.
 #
-# In the manner of figure 9.10 of the thesis: models trained alike, under FGSM; LL models by $K, w, m, p, n, w_\text{pool}$, BP models by $K, w, n, w_\text{pool}, \sigma$.
+# From our own records: models trained alike, under FGSM; LL models by $K, w, m, p, n, w_\text{pool}$, BP models by $K, w, n, w_\text{pool}, \sigma$.
 # ```
 #
 # (explorer)=

@@ -227,7 +227,7 @@ glue("tab-conventions", Markdown(tables.markdown([*rows, misses])))
 # {numref}`tab-a-1` has all cells, and f at the end of one whole layer where one was trained here: with $w=4$ on a fifth of the images an
 # epoch and twice the learning rate, with $w=8$ on the preset `fast` ([chapter 8](#fast)). {glue:}`whole-verdict`
 #
-# ````{table} Table A.1 of the thesis, with the collapses and f-scores found here.
+# ````{table} F-scores of the layers of grid 2 in the thesis, with the collapses and f-scores found here.
 # :name: tab-a-1
 # :class: dropdown
 #
@@ -244,7 +244,7 @@ glue("tab-conventions", Markdown(tables.markdown([*rows, misses])))
 # the others; four classifiers a layer with one pooling, and layers below $f=0.8$ left out as in the thesis. To fit a machine without a GPU their training is shorter (layers: the
 # preset [`fast`](#fast); classifiers: 25 epochs in minibatches of 250, which are as many updates as the thesis's 100 epochs in those of 1,000{glue:}`shorter-told`; BP models: 10 epochs in minibatches of 150). So compare rows with each other, not columns. `make sweep GRID=E06 PRESET=laptop` goes on where this has stopped.
 #
-# ````{table} Table A.2 of the thesis, classifiers of grid 2, and a balanced part of it computed here.
+# ````{table} Classifiers of grid 2 in the thesis, and a balanced part of it computed here.
 # :name: tab-a-2
 #
 # ```{glue:md} tab-a-2
@@ -258,7 +258,7 @@ glue("tab-conventions", Markdown(tables.markdown([*rows, misses])))
 # classifiers for many $\sigma$, $n$ and $w_\text{pool}$. The text counts 86 layers and 11,089 models; the rows of
 # {numref}`tab-a-3` fit 88 layers and 11,086.
 #
-# ````{table} Table A.3 of the thesis, LL models of grid 3, and a balanced part of it computed here.
+# ````{table} LL models of grid 3 in the thesis, and a balanced part of it computed here.
 # :name: tab-a-3
 #
 # ```{glue:md} tab-a-3
@@ -272,7 +272,7 @@ glue("tab-conventions", Markdown(tables.markdown([*rows, misses])))
 #
 # ## BP models
 #
-# ````{table} Table A.4 of the thesis, BP models, and a balanced part of it computed here.
+# ````{table} BP models of the thesis, and a balanced part of it computed here.
 # :name: tab-a-4
 #
 # ```{glue:md} tab-a-4

@@ -102,7 +102,7 @@ for row in tables.thesis("table_9_1"):
 glue("tab-9-1", Markdown(tables.markdown(rows)))
 
 # %% [markdown]
-# ````{table} Table 9.1 of the thesis, the same summary taken from the thesis's own tables B.1 to B.4, and from our few models of some of their rows.
+# ````{table} Relative spreads as the thesis prints them, the same summary taken from the thesis's own tables B.1 to B.4, and from our few models of some of their rows.
 # :name: tab-9-1
 #
 # ```{glue:md} tab-9-1
@@ -118,7 +118,7 @@ glue("tab-9-1", Markdown(tables.markdown(rows)))
 #
 # ## LL models
 #
-# ````{table} Table B.1 of the thesis: ensembles of LL models under FGSM (thesis; columns "here" where recomputed).
+# ````{table} Ensembles of LL models under FGSM (thesis; columns "here" where recomputed).
 # :name: tab-b-1
 #
 # ```{glue:md} tab-b-1
@@ -129,7 +129,7 @@ glue("tab-9-1", Markdown(tables.markdown(rows)))
 # One row has 101 models, although a set has at most 100. Rows for $w=12$ are few because few of those layers passed the
 # threshold on f, or because too few images were classified with confidence.
 #
-# ````{table} Table B.2 of the thesis: ensembles of LL models under PGD (thesis; columns "here" where recomputed).
+# ````{table} Ensembles of LL models under PGD (thesis; columns "here" where recomputed).
 # :name: tab-b-2
 #
 # ```{glue:md} tab-b-2
@@ -141,7 +141,7 @@ glue("tab-9-1", Markdown(tables.markdown(rows)))
 #
 # ## BP models
 #
-# ````{table} Table B.3 of the thesis: ensembles of BP models under FGSM (thesis; columns "here" where recomputed).
+# ````{table} Ensembles of BP models under FGSM (thesis; columns "here" where recomputed).
 # :name: tab-b-3
 #
 # ```{glue:md} tab-b-3
@@ -152,7 +152,7 @@ glue("tab-9-1", Markdown(tables.markdown(rows)))
 # The rows at $n=12$ and $w=12$ stand out: an $R$ several times that of all other BP models. Sets with rExp, and GeLU with
 # $w=12$, $n=12$, were trained but are not listed; the thesis does not say why.
 #
-# ````{table} Table B.4 of the thesis: ensembles of BP models under PGD (thesis; columns "here" where recomputed).
+# ````{table} Ensembles of BP models under PGD (thesis; columns "here" where recomputed).
 # :name: tab-b-4
 #
 # ```{glue:md} tab-b-4

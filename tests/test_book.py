@@ -354,6 +354,8 @@ class TestBuiltPages:
         block = after.split("khnb-beside")[1].partition("</section>")[0]
         title = f"About {row['kind']} {row['id']}:"
         assert title in block[:400] and "papermill" in block and row["scale"] in unescape(block)
+        caption = re.sub(r"<[^>]*>", "", after.partition('class="caption-number">')[2][:60])
+        assert caption.startswith({"figure": "Fig. ", "table": "Table "}[row["kind"]] + row["id"] + " "), caption
         named = re.findall(r'href="\.\./(_records/\w+\.json)"', block)
         assert len(named) == len(coverage.records(row, coverage.Store(ROOT / "results")))
         for path in named:

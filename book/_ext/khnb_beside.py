@@ -1,7 +1,7 @@
-"""Beside every figure and table of the thesis: what it found, what was found here, and how to compute it again.
+"""The figures and tables of the thesis: under their numbers there, and beside each what was found, and how to compute it again.
 
 The manifest (``reference/manifest.csv``) says which place of which page shows what. After each such place comes a folded block with the thesis's
-values, our own finding and its scale, the records behind it (copied beside the pages), the cell that draws it, and the commands that redraw and recompute it.
+values, our own finding and its scale, the records behind it (copied beside the pages), the cell that draws it, and the commands that redraw and recompute it. A figure or table that the thesis does not have has the number of its chapter and a letter.
 """
 
 import json
@@ -74,6 +74,28 @@ def place(app, doctree):
         LOG.warning("the manifest names %s on this page, which has no such figure or table", anchor, location=str(page))
 
 
+def forget_numbers(app, env):
+    """Back to Sphinx's own numbers, with which it looks for what has changed since the last build."""
+    env.toc_fignumbers = getattr(env, "khnb_plain_numbers", env.toc_fignumbers)
+    return []
+
+
+def number(app, env):
+    """The thesis's numbers for what is in the manifest, 9.a, 9.b ... for the rest of chapter 9."""
+    env.khnb_plain_numbers = env.toc_fignumbers
+    known = {(row["kind"], row["notebook"], row["anchor"]): tuple(row["id"].split(".")) for row in coverage.manifest() if row["kind"] in ("figure", "table")}
+    env.toc_fignumbers = {}
+    for doc, kinds in env.khnb_plain_numbers.items():
+        page = Path(doc).name
+        chapter, _, rest = page.partition("_")
+        env.toc_fignumbers[doc] = {}
+        for kind, ids in kinds.items():
+            letters = iter("abcdefghijklmnopqrstuvwxyz")
+            own = (lambda plain: (chapter.lstrip("0"), next(letters))) if rest else (lambda plain: plain)
+            env.toc_fignumbers[doc][kind] = {id: known.get((kind, page, id)) or own(plain) for id, plain in ids.items()}
+    return []
+
+
 def copy_records(app, error):
     """Put the records that the manifest names beside the pages."""
     if error is not None or app.builder.format != "html":
@@ -87,5 +109,7 @@ def copy_records(app, error):
 
 def setup(app):
     app.connect("doctree-read", place)
+    app.connect("env-get-updated", forget_numbers, priority=400)  # Sphinx numbers figures at 500
+    app.connect("env-get-updated", number, priority=600)
     app.connect("build-finished", copy_records)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
