@@ -35,6 +35,8 @@ from khnb import schematics
 from khnb.models import PRELU_SLOPE
 from khnb.widgets import Activations, Convolution
 
+schematics.vector_graphics()
+
 
 def show(name, figure):
     """Put a figure where the text wants it: under its caption."""

@@ -137,6 +137,8 @@ from myst_nb import glue
 from khnb import schematics
 from khnb.models import ACTIVATIONS
 
+schematics.vector_graphics()
+
 generator = torch.Generator().manual_seed(0)
 draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
 x, label = draw(6), torch.tensor(2)

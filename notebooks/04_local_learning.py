@@ -32,6 +32,8 @@ from khnb import schematics, settings
 from khnb.learning import kh_update
 from khnb.widgets import HopfieldRecall, WinnerTakesAll
 
+schematics.vector_graphics()
+
 asked = settings.of_notebook(globals(), "m", "delta", "p", "seed")
 m, delta, p, seed = (asked[name] for name in ("m", "delta", "p", "seed"))
 

@@ -38,6 +38,8 @@ from khnb.models import n_features
 from khnb.results import Store
 from khnb.training import to_float
 
+schematics.vector_graphics()
+
 asked = settings.of_notebook(globals(), "K", "w", "p", "w_pool")
 K, w, p, w_pool = (asked[name] for name in ("K", "w", "p", "w_pool"))
 settings.check_geometry(32, w, w_pool)

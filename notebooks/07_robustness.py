@@ -33,6 +33,8 @@ from khnb.results import Store
 from khnb.robustness import five_parameter, inflection, logistic
 from khnb.widgets import LogisticCurve
 
+schematics.vector_graphics()
+
 asked = settings.of_notebook(globals(), "step", "radius")
 step, radius = asked["step"], asked["radius"]
 
