@@ -35,7 +35,7 @@ IMAGE = np.array(
 
 def vector_graphics() -> None:
     """In a notebook, show figures as SVG from here on: sharp at any size, and small where there are no photographs."""
-    from matplotlib_inline.backend_inline import set_matplotlib_formats  # comes with the kernel, so only where there is one
+    from matplotlib_inline.backend_inline import set_matplotlib_formats  # only where there is a kernel
 
     set_matplotlib_formats("svg")
 
