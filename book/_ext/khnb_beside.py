@@ -4,6 +4,7 @@ The manifest (``reference/manifest.csv``) says which place of which page shows w
 values, our own finding and its scale, the records behind it (copied beside the pages), the cell that draws it, and the commands that redraw and recompute it. A figure or table that the thesis does not have has the number of its chapter and a letter.
 """
 
+import csv
 import json
 from pathlib import Path
 from shutil import copyfile
@@ -11,13 +12,15 @@ from shutil import copyfile
 from docutils import nodes
 from sphinx.util import logging
 
-from khnb import coverage
-from khnb.results import Store
-from khnb.tables import thesis
-
 ROOT = Path(__file__).parents[2]
 FOLDER = "_records"
 LOG = logging.getLogger(__name__)
+
+
+def manifest() -> list[dict]:
+    """Its rows of figures and tables. Read here, as khnb takes seconds to import, which a build of a changed sentence need not wait for."""
+    with (ROOT / "reference" / "manifest.csv").open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["kind"] in ("figure", "table")]
 
 
 def cell(notebook: str, anchor: str) -> str:
@@ -41,6 +44,8 @@ def fields(rows: dict) -> nodes.field_list:
 
 def block(row: dict, values: str, records: list[dict], up: str) -> nodes.admonition:
     """The folded block of one row of the manifest; ``up`` leads from its page to the top of the book."""
+    from khnb import coverage
+
     links = [nodes.reference("", "", nodes.literal("", f"{r['kind']} {r['id']}"), refuri=f"{up}{FOLDER}/{r['id']}.json", internal=True) for r in records]
     redraw = f"cd notebooks && papermill {row['notebook']}.ipynb out.ipynb"
     again = "\n".join(f"python -m khnb.pipeline '{json.dumps(coverage.recompute(r))}'" for r in records)
@@ -60,15 +65,21 @@ def block(row: dict, values: str, records: list[dict], up: str) -> nodes.admonit
 def place(app, doctree):
     """Put the blocks after the figures and tables of this page."""
     page = Path(app.env.docname)
-    wanted = {row["anchor"]: row for row in coverage.manifest() if row["kind"] in ("figure", "table") and page.name == row["notebook"]}
+    wanted = {row["anchor"]: row for row in manifest() if page.name == row["notebook"]}
     if not wanted:
         return
+    from khnb import coverage
+    from khnb.results import Store
+    from khnb.tables import thesis
+
     store, values = Store(ROOT / "results"), {row["figure"]: row["thesis_values"] for row in thesis("figures")}
+    app.env.khnb_records[app.env.docname] = {}
     for node in list(doctree.findall(lambda n: isinstance(n, (nodes.figure, nodes.table)))):
         row = next((wanted.pop(id) for id in node["ids"] if id in wanted), None)
         if row:
             said = values[row["id"]] if row["kind"] == "figure" else ""
             records = [record for record in coverage.records(row, store) if record]
+            app.env.khnb_records[app.env.docname] |= {record["id"]: record["kind"] for record in records}
             node.parent.insert(node.parent.index(node) + 1, block(row, said, records, "../" * (len(page.parts) - 1)))
     for anchor in wanted:
         LOG.warning("the manifest names %s on this page, which has no such figure or table", anchor, location=str(page))
@@ -83,7 +94,7 @@ def forget_numbers(app, env):
 def number(app, env):
     """The thesis's numbers for what is in the manifest, 9.a, 9.b ... for the rest of chapter 9."""
     env.khnb_plain_numbers = env.toc_fignumbers
-    known = {(row["kind"], row["notebook"], row["anchor"]): tuple(row["id"].split(".")) for row in coverage.manifest() if row["kind"] in ("figure", "table")}
+    known = {(row["kind"], row["notebook"], row["anchor"]): tuple(row["id"].split(".")) for row in manifest()}
     env.toc_fignumbers = {}
     for doc, kinds in env.khnb_plain_numbers.items():
         page = Path(doc).name
@@ -96,18 +107,33 @@ def number(app, env):
     return []
 
 
+def remember(app):
+    """The records of each page, kept with the rest of what Sphinx knows of it."""
+    app.env.khnb_records = getattr(app.env, "khnb_records", {})
+
+
+def forget_page(app, env, docname):
+    env.khnb_records.pop(docname, None)
+
+
+def merge_pages(app, env, docnames, other):
+    env.khnb_records |= {doc: other.khnb_records[doc] for doc in docnames if doc in other.khnb_records}
+
+
 def copy_records(app, error):
-    """Put the records that the manifest names beside the pages."""
+    """Put the records that the pages name beside them."""
     if error is not None or app.builder.format != "html":
         return
-    store, out = Store(ROOT / "results"), Path(app.outdir) / FOLDER
+    out = Path(app.outdir) / FOLDER
     out.mkdir(exist_ok=True)
-    for row in coverage.manifest():
-        for record in filter(None, coverage.records(row, store)):
-            copyfile(store.path(record["kind"], record["id"]), out / f"{record['id']}.json")
+    for id, kind in {id: kind for page in app.env.khnb_records.values() for id, kind in page.items()}.items():
+        copyfile(ROOT / "results" / "records" / kind / f"{id}.json", out / f"{id}.json")
 
 
 def setup(app):
+    app.connect("builder-inited", remember)
+    app.connect("env-purge-doc", forget_page)
+    app.connect("env-merge-info", merge_pages)
     app.connect("doctree-read", place)
     app.connect("env-get-updated", forget_numbers, priority=400)  # Sphinx numbers figures at 500
     app.connect("env-get-updated", number, priority=600)
