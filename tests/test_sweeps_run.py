@@ -50,7 +50,11 @@ class Sweep:
         return subprocess.CompletedProcess(engine.args, engine.returncode, out, err)
 
     def start(self, do="run", *more: str) -> subprocess.Popen:
-        return subprocess.Popen(self.words(do, *more), env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        # as a terminal starts it: a shell's background jobs, and so tests run in one, ignore Ctrl-C and hand that on
+        return subprocess.Popen(
+            self.words(do, *more), env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
     def groups(self) -> list:
         return sweeps.groups(str(self.grid))
