@@ -8,7 +8,7 @@ file. What an object of a grid means is told by :func:`khnb.pipeline.main`; here
 - ``of``, in place of all else: the models of these experiments, attacked as ``attacked`` says.
 
 A preset's values stand in for those of all objects of a grid, but for those under ``"each"``; an experiment's own presets come after
-the common ones, and ``null`` takes a common one's value away. ``take`` is a balanced part (:func:`balanced`) of the ``layers``, of the
+the common ones, an object's own after those, and ``null`` takes a common one's value away. ``take`` is a balanced part (:func:`balanced`) of the ``layers``, of the
 ``heads`` of each, with so many ``poolings``, and of the BP ``models``; ``attacks`` holds amounts for each kind of attack.
 """
 
@@ -142,16 +142,19 @@ def _add(wanted: Wanted, book: dict, name: str, preset: str, attacked=None) -> N
         for job, take, f_least, amounts in again:
             wanted.add(replace(job, attacked=pipeline.read_job(dict(attacked=attacked)).attacked), take, f_least, amounts)
         return
-    values = {k: v for k, v in (book["presets"].get(preset, {}) | experiment.get(preset, {})).items() if v is not None}
-    take, amounts = values.pop("take", {}), values.pop("attacks", {})
-    if set(take) - {"layers", "heads", "poolings", "models"} or not all(type(count) is int and count > 0 for count in take.values()):
-        raise ValueError(f"take={take!r} is not valid: whole numbers > 0 of layers, heads, poolings and models")
     for given in experiment.get("jobs", []):
         if "of" in given:
             for other in given["of"]:
                 _add(wanted, book, other, preset, given["attacked"])
             continue
-        given = given | {k: v for k, v in values.items() if k not in ("f_least",) or k in given}
+        own = {name: given.get(name, {}) for name in PRESETS}
+        values = book["presets"].get(preset, {}) | experiment.get(preset, {}) | own[preset]
+        values = {k: v for k, v in values.items() if v is not None}
+        take, amounts = values.pop("take", {}), values.pop("attacks", {})
+        if set(take) - {"layers", "heads", "poolings", "models"} or not all(type(count) is int and count > 0 for count in take.values()):
+            raise ValueError(f"take={take!r} is not valid: whole numbers > 0 of layers, heads, poolings and models")
+        given = {k: v for k, v in given.items() if k not in own}
+        given |= {k: v for k, v in values.items() if k not in ("f_least",) or k in given}
         f_least = given.pop("f_least", 0.0)
         if isinstance(f_least, bool) or not isinstance(f_least, (int, float)) or not 0 <= f_least <= 1:
             raise ValueError(f"f_least={f_least!r} is not valid: a number from 0 to 1")

@@ -1,6 +1,7 @@
 """From a grid, which is data, to groups that share computation, and what becomes of them."""
 
 import csv
+import csv
 import json
 import re
 import threading
@@ -75,6 +76,20 @@ def test_laptop_grids_have_every_value_of_every_parameter():
         assert all(heads[name, value] >= 8 for value in values), name
 
 
+@pytest.mark.parametrize(("table", "kind", "names"), [("B1", "heads", ("K", "w", "m", "p", "n", "w_pool")), ("B2", "heads", ("K", "w", "m", "p", "n", "w_pool")),
+                                                     ("B3", "bp", ("K", "w", "sigma", "n", "w_pool")), ("B4", "bp", ("K", "w", "sigma", "n", "w_pool"))])
+def test_laptop_ensembles_have_every_row_of_the_thesis(table, kind, names):
+    models: Counter = Counter()
+    for group in sweeps.groups("E19+E20", "laptop"):
+        if group.kind == kind:
+            for one in group.body["heads"] if kind == "heads" else group.body["models"]:
+                one = group.body["conv"] | one if kind == "heads" else one | one["head"]
+                models[tuple(str(one[name]).removesuffix(".0") for name in names)] += 1
+    with open(ROOT / "reference" / f"table_{table}.csv") as file:
+        rows = [tuple(row[name] or "1" for name in names) for row in csv.DictReader(file)]
+    assert len(rows) > 40 and all(models[row] >= (2 if row[:2] == ("10", "4") else 1) for row in rows)
+
+
 class TestGroups:
     def test_those_that_are_needed_come_first(self):
         for grid in ("E11+E18+E22", "first-light"):
@@ -104,6 +119,16 @@ class TestGroups:
         path.write_text(json.dumps([dict(K=10, data="cifar10-sample", attacked=False)]))
         assert {group.data for group in sweeps.groups(str(path))} == {"cifar10-sample"}
         assert {group.body["feature_dtype"] for group in sweeps.groups(str(path)) if group.kind == "heads"} == {"float32"}
+
+    def test_an_object_has_presets_of_its_own(self, tmp_path):
+        path = tmp_path / "mine.json"
+        job = dict(what="layers", data="cifar10-sample", seed=[0, 1, 2])
+        experiment = dict(jobs=[job | dict(K=4, laptop=dict(seed=[0, 1])), job | dict(K=5, laptop=dict(take=dict(layers=1)))], laptop=dict(take=None, conv_epochs=2))
+        path.write_text(json.dumps(dict(experiments=dict(mine=experiment))))
+        for preset, expected in (("laptop", {4: 2, 5: 1}), ("thesis", {4: 3, 5: 3})):
+            convs = [conv for group in sweeps.groups(str(path), preset) for conv in group.body["convs"]]
+            assert Counter(conv["K"] for conv in convs) == expected
+            assert {conv["conv_epochs"] for conv in convs} == {2 if preset == "laptop" else ConvSettings().conv_epochs}
 
     @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.json")), ids=lambda path: path.stem)
     def test_every_committed_grid_can_be_read(self, path):
