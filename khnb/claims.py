@@ -14,6 +14,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from khnb.settings import ConvSettings
+from khnb.tables import TRAINED
 
 #: a step of each hyperparameter in which effects are told, and its number
 STEPS: dict[str, tuple[str, Callable[[dict], float]]] = {
@@ -25,8 +26,6 @@ STEPS: dict[str, tuple[str, Callable[[dict], float]]] = {
     "w_pool": ("2 more", lambda row: row["w_pool"] / 2),
 }
 CATEGORIES = ("sigma", "head_batch")
-#: epochs and minibatch of classifiers that are compared with one another: the thesis's, and as many updates in fewer epochs (the preset laptop)
-TRAINED = ((100, 1000), (25, 250))
 RESAMPLES, LEAST = 1000, 8  # of the bootstrap; models for any verdict
 
 
@@ -103,7 +102,7 @@ def claims(LL: list[dict], BP: list[dict], pgd: list[dict], low: list[dict]) -> 
     LL, BP : models under FGSM that count, rows of :func:`khnb.tables.accepted_models`; pgd : LL models under PGD with the finer step; low : LL models at the lower threshold of
     confidence.
     """
-    rows, grid = [], [row for row in LL if (row["head_epochs"], row["head_batch"]) in TRAINED]
+    rows, grid = [], [row for row in LL if any(all(row[name] == way[name] for name in ("head_epochs", "head_batch")) for way in TRAINED["LL"])]
 
     def add(claim, section, found: Interval, unit="", digits=2, **limit):
         told = f"{found.value:+.{digits}f}{unit} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]" if found.models >= LEAST and math.isfinite(found.value) else ""

@@ -446,6 +446,11 @@ def network(record: dict, store: Store | None = None, side: int = 32) -> models.
     return model.eval()
 
 
+def without_weights(store: Store, record: dict) -> dict:
+    """A model's record, kept without the weights that training it again, or an LL model's layer, gives."""
+    return store.drop(record, "linear_weight", "conv_weight")
+
+
 #: what an attack can be given, beside the least confidence of the images
 AMOUNTS = dict(fgsm=("eps_max",), pgd=("step", "radius", "max_steps"))
 #: the thesis's attacks (section 9.1): FGSM on images of both confidences, and both settings of PGD, with the larger step of the two printed for the second
@@ -596,7 +601,7 @@ def main(words: list[str]) -> None:
     same KH layer together; ``"head_seeds"`` is a list of the seeds of their classifiers, where these are not to be ``"seed"``. Models are
     attacked as well, with FGSM: ``"attacked"`` is ``false`` for not at all, one of :data:`ATTACKS` by name, or a list of attacks, objects with
     ``"attack"``, ``"confidence"`` and amounts as :func:`attack` takes them; with ``"audited": true``, or a number of images, they are audited
-    at the R of the last FGSM among them (:func:`audit`), and with ``"weights": false`` their classifiers, by far the most of a model, are not kept: a model that is to be attacked or audited later is then
+    at the R of the last FGSM among them (:func:`audit`), and with ``"weights": false`` their weights, by far the most of a model, are not kept (an LL model's filters are in the record of its layer): a model that is to be attacked or audited later is then
     trained again, and attacked again, as its weights may not come out the same to the last bit. ``ValueError`` before anything runs where something is wrong.
     """
     for job in [read_job(given) for given in read_asked(words)]:
@@ -753,7 +758,7 @@ def follow(run: Run, models: dict, again: Callable[[list], dict], audited: int =
         told += "".join(f", {one['results']['verdict']}" for one in audits)
         found += made + audits
         if not weights:
-            run.store.drop(record, "linear_weight")
+            without_weights(run.store, record)
         run.note(told)
     if lacking and (trained := again(list(lacking))):
         found += follow(run, {key: (record, lacking[key]) for key, record in trained.items()}, lambda keys: {}, audited, weights)

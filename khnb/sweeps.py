@@ -484,7 +484,7 @@ def work(group: Group, run: pipeline.Run, memory: float | None = None) -> list[d
         for kind, asked in asks(group):
             record = run.store.get(kind, asked, run.data)
             if record and not body["weights"]:
-                record = run.store.drop(record, "linear_weight")
+                record = pipeline.without_weights(run.store, record)
             found.append(record or run.store.get("failure", dict(of=kind) | asked, run.data))
         return found
     there = {}

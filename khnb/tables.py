@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from khnb.learning import COLLAPSED, fates
 from khnb.robustness import accepted
-from khnb.settings import PARAMETERS, ConvSettings, HeadSettings
+from khnb.settings import FAST, PARAMETERS, ConvSettings, HeadSettings
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 
@@ -215,6 +215,29 @@ def by_value(name: str, models: list[dict]) -> list[dict]:
         found = [r["results"]["test_accuracy"] for r in models if has(r["asked"], row)]
         rows.append(row | dict(here=len(found), here_avg=np.mean(found) if found else None, here_max=max(found, default=None)))
     return rows
+
+
+#: how models are trained that are compared with one another: as the thesis's, and as the preset ``laptop`` says
+TRAINED = {
+    "LL": (dict(conv_share=1.0, conv_eta0=1e-3, head_epochs=100, head_batch=1000), dict(**FAST, head_epochs=25, head_batch=250)),
+    "BP": (dict(head_epochs=70, head_batch=1000), dict(head_epochs=10, head_batch=150)),
+}
+
+
+def trained_shorter(models: list[dict], R: dict[str, float]) -> list[dict]:
+    """Pairs of models that differ in nothing but :data:`TRAINED`, and in how features were kept.
+
+    models : records; R : id of a model -> its robustness, of those that have one. Each row has the hyperparameters, and ``accuracy``, ``accuracy_shorter``,
+    ``R`` and ``R_shorter`` (``None`` where there is none).
+    """
+    pairs: dict[tuple, dict] = {}
+    for record in sorted(models, key=lambda record: record["asked"].get("feature_dtype", "")):  # of two the one with float32
+        asked = record["asked"]
+        for which, way in zip(("", "_shorter"), TRAINED[asked["model"]], strict=True):
+            if all(asked.get(name) == value for name, value in way.items()):
+                key = tuple((name, value) for name, value in asked.items() if name not in (*way, "feature_dtype"))
+                pairs.setdefault(key, {}).update({f"accuracy{which}": record["results"]["test_accuracy"], f"R{which}": R.get(record["id"])})
+    return [dict(key) | found for key, found in pairs.items() if len(found) == 4]
 
 
 def attacked_models(store, attack: str = "fgsm", confidence: float = 0.8, **amounts) -> list[dict]:

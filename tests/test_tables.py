@@ -151,6 +151,27 @@ class TestEnsemble:
         assert tables.ensemble([self.model(model="BP", sigma="gelu", head_epochs=70)], row, "BP") == ([], {})
 
 
+class TestTrainedShorter:
+    @staticmethod
+    def model(kind, accuracy, way, **more):
+        usual = {name: p.default for name, p in PARAMETERS.items() if kind == "LL" or name not in ("m", "p", "conv_share", "conv_eta0", "feature_dtype")}
+        return dict(id=f"{accuracy}", asked=usual | dict(model=kind) | tables.TRAINED[kind][way] | more, results=dict(test_accuracy=accuracy))
+
+    def test_pairs_differ_in_nothing_else(self):
+        models = [self.model("BP", 0.65, 0), self.model("BP", 0.66, 1), self.model("BP", 0.5, 1, n=12.0), self.model("BP", 0.7, 0, head_batch=2500), self.model("LL", 0.62, 0),
+                  self.model("LL", 0.61, 1, feature_dtype="float16"), self.model("LL", 0.6, 1, m=5), self.model("LL", 0.63, 0, feature_dtype="float16")]
+        rows = tables.trained_shorter(models, {"0.65": 0.007, "0.61": 0.018})
+        found = {row["model"]: [row[name] for name in ("accuracy", "accuracy_shorter", "R", "R_shorter")] for row in rows}
+        assert len(rows) == 2 and found == {"BP": [0.65, 0.66, 0.007, None], "LL": [0.62, 0.61, None, 0.018]}
+
+    def test_the_ways_are_the_thesis_and_the_preset(self):
+        preset = json.loads((tables.REFERENCE.parent / "sweeps" / "thesis.json").read_text())["presets"]["laptop"]
+        for kind, (thesis, laptop) in tables.TRAINED.items():
+            named = {name: f"bp_{name.removeprefix('head_')}" if kind == "BP" else name for name in thesis}
+            assert thesis == {name: PARAMETERS[other].default for name, other in named.items()}
+            assert laptop == {name: preset[other] for name, other in named.items()}
+
+
 class TestAttackedModels:
     @pytest.fixture
     def store(self, tmp_path):
