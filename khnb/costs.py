@@ -85,8 +85,13 @@ def _outcomes(root: str) -> list[tuple]:
 
 def outcome(model: dict, confidence: float) -> tuple[float, float]:
     """Share of the test images that an attack will be made on, and how far they will move: the means of the attacks on the most similar models in the store."""
-    kind, K, w, _ = _shape(model)
-    found = _outcomes(str(default_root()))
+    one = model.get("conv", model)
+    return _outcome(str(default_root()), "LL" if "conv" in model else "BP", one["K"], one["w"], confidence)
+
+
+@functools.cache
+def _outcome(root: str, kind: str, K: int, w: int, confidence: float) -> tuple[float, float]:
+    found = _outcomes(root)
     alike = (lambda one: one[:4] == (kind, K, w, confidence), lambda one: one[0] == kind and one[2:4] == (w, confidence), lambda one: (one[0], one[3]) == (kind, confidence))
     for similar in alike:
         if some := [one[4:] for one in found if similar(one)]:
@@ -366,8 +371,7 @@ def thesis_on_gpu(card: Card | None = None) -> list[dict]:
         row = {"part": name, "layers": 0, "models": 0, "attacks": 0, "Pflop": 0.0, "TB moved": 0.0, "million launches": 0.0, "hours": 0.0}
         grids = grid + {"E19": "+E21+E22", "E20": "+E21+E22"}.get(grid, "")
         for group in sweeps.groups(grids, "thesis", card.gib * 2**30):
-            bp = group.kind == "bp" or group.kind == "attacks" and "conv" not in group.body["models"][0]
-            if grid in ("E19", "E20") and bp != (grid == "E20"):
+            if grid in ("E19", "E20") and group.bp != (grid == "E20"):
                 continue  # E21 and E22 attack both
             share = whole if group.kind == "layers" else passing
             cost = of(group, memory=0.8 * card.gib)

@@ -76,6 +76,11 @@ class Group:
         return len(body[dict(layers="convs", probes="convs", heads="heads", bp="models")[self.kind]])
 
     @property
+    def bp(self) -> bool:
+        """Whether it is about BP models."""
+        return "models" in self.body and "conv" not in self.body["models"][0]
+
+    @property
     def title(self) -> str:
         """One short line."""
         body, count = self.body, self.count

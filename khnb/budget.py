@@ -1,0 +1,190 @@
+"""What each figure and table of the thesis costs, whole and at the preset ``laptop``.
+
+``python -m khnb.budget`` writes ``book/budget.md`` anew: counts and operations from the grids, hours from rates measured on the machine it runs on.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from khnb import costs, sweeps, tables
+from khnb.results import atomic_write, provenance
+
+PAGE = tables.REFERENCE.parent / "book" / "budget.md"
+
+
+def outputs(text: str) -> list[tuple[str, str]]:
+    """Figures and tables in a line such as ``"figs 9.2-9.4, 9.9a; table A.3"``: (kind, number) of each."""
+    found, kind = [], None
+    for word in re.findall(r"figs?|tables?|[^\s,;]+", text):
+        kind = {"fig": "figure", "figs": "figure", "table": "table", "tables": "table"}.get(word, kind if re.match(r"[\dA-B]+\.\d+[a-b]?(-|$)", word) else None)
+        if kind and "." in word:
+            first, _, last = (part.rstrip("ab") for part in word.partition("-"))
+            chapter, start = first.split(".")
+            found += [(kind, f"{chapter}.{i}") for i in range(int(start), int((last or first).split(".")[1]) + 1)]
+    return list(dict.fromkeys(found))
+
+
+def needed() -> dict[tuple[str, str], list[str]]:
+    """(figure or table, its number) -> the experiments of ``sweeps/thesis.json`` that it is drawn from: attacks, where there are some (with the models they are on), else models or layers."""
+    book = sweeps.read("thesis")["experiments"]
+    attacks = {name for name, one in book.items() if any("of" in job or job.get("attacked") for job in one.get("jobs", []))}
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in tables.thesis("experiments"):
+        for output in outputs(row["outputs"]) if book[row["id"]].get("jobs") else []:
+            found.setdefault(output, []).append(row["id"])
+    found = {output: [name for name in names if name in attacks] or names for output, names in found.items()}
+    return dict(sorted(found.items(), key=lambda one: (one[0][0], *map(lambda part: (part.isalpha(), part.rjust(3)), one[0][1].split(".")))))
+
+
+#: tables of one kind of model, drawn from experiments that attack both
+ONE_KIND = {"B.1": False, "B.2": False, "B.3": True, "B.4": True}
+
+
+@dataclass
+class Sum:
+    """Of groups of a sweep: how much of each kind, operations, and, where times are given, core seconds."""
+
+    counts: dict[str, int] = field(default_factory=lambda: dict(layers=0, models=0, attacks=0))
+    flop: float = 0.0
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, groups: Iterable, times: dict[str, float] | None = None) -> Sum:
+        found = cls()
+        for group in groups:
+            kind = dict(layers="layers", probes="layers", heads="models", bp="models", attacks="attacks")[group.kind]
+            found.counts[kind] += group.count * group.body.get("seeds", 1)
+            found.flop += _flop(group)
+            found.seconds += (times or {}).get(group.id, 0.0)
+        return found
+
+    def told(self) -> str:
+        """Only the kinds there are."""
+        return ", ".join(f"{count:,} {kind if count > 1 else kind[:-1]}" for kind, count in self.counts.items() if count)
+
+
+_known: dict[str, float] = {}  # operations of groups by id, as figures share them
+
+
+def _flop(group) -> float:
+    if group.id not in _known:
+        _known[group.id] = costs.of(group).flop
+    return _known[group.id]
+
+
+def rows(rates: costs.Rates) -> list[dict]:
+    """A row for each figure and table that is drawn from experiments, and one for all of them, which counts once what several share.
+
+    Hours are core hours on this machine; those of the whole are the preset's times the operations, kind by kind.
+    """
+    every: dict[str, dict] = {"thesis": {}, "laptop": {}}
+    times: dict[str, float] = {}
+
+    def row(kind, number, experiments):
+        grid, sums = "+".join(experiments), {}
+        for preset, seen in every.items():
+            groups = [group for group in sweeps.groups(grid, preset) if group.bp == ONE_KIND.get(number, group.bp)]
+            seen |= {group.id: group for group in groups}
+            if preset == "laptop":
+                times.update({id: seconds for id, seconds in sweeps.expected([group for group in groups if group.id not in times], rates).items()})
+            sums[preset] = groups
+        return dict(name=f"{kind} {number}", experiments=", ".join(experiments), **told(sums))
+
+    def told(sums):
+        whole, part = Sum.of(sums["thesis"]), Sum.of(sums["laptop"], times)
+        hours = 0.0
+        for kind in sweeps.NOTEBOOKS:
+            large, small = (Sum.of([group for group in sums[preset] if group.kind == kind], times) for preset in ("thesis", "laptop"))
+            hours += small.seconds / 3600 * large.flop / small.flop if small.flop else 0.0
+        return dict(whole=whole.told(), whole_Pflop=whole.flop / 1e15, whole_hours=hours, laptop=part.told(), Tflop=part.flop / 1e12, hours=part.seconds / 3600)
+
+    found = [row(kind, number, experiments) for (kind, number), experiments in needed().items()]
+    return [*found, dict(name="all, each once", experiments="", **told({preset: list(seen.values()) for preset, seen in every.items()}))]
+
+
+def lists(rates: costs.Rates) -> list[dict]:
+    """A row for each committed list of models beside the thesis's grids."""
+    found = []
+    for path in sorted(sweeps.FOLDER.glob("*.json")):
+        if path.stem in ("thesis", "attacks"):  # attacks.json is about whatever the store holds
+            continue
+        groups = sweeps.groups(path.stem)
+        part = Sum.of(groups, sweeps.expected(groups, rates))
+        found.append(dict(name=f"`{path.name}`", laptop=part.told(), Tflop=part.flop / 1e12, hours=part.seconds / 3600))
+    return found
+
+
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 0.1 else f"{value:.2f}"
+
+
+FORMATS = dict(whole_Pflop=",.2f", whole_hours=_hours, Tflop=",.0f", hours=_hours)
+COLUMNS = dict(
+    name="drawn from experiments", experiments="experiments", whole="the thesis's", whole_Pflop="Pflop", whole_hours="core hours", laptop="preset `laptop`", Tflop="Tflop",
+    hours="core hours ",
+)
+
+
+def page(budget: list[dict], others: list[dict], gpu: list[dict], origin: dict, date: str) -> str:
+    """The text of ``book/budget.md``."""
+    return f"""(budget)=
+# What it costs
+
+What it takes to draw each figure and table of the thesis again, whole and on one machine without a GPU. Models and operations are counted from the
+grids in `sweeps/` (how far attacks go, from those in the store); hours are those of one core of the machine on which this page was written ({origin["hardware"]["name"]}, {date}, code {origin["code"]["source"][:8]}), from short runs
+of the very engines. The page is written by `python -m khnb.budget`, and a test holds its counts to the grids. What a sweep costs on your machine says `make plan GRID=E08+E12 PRESET=laptop`, and how far it is `make status`
+with the same words; how much of each figure and table is done is on the [scoreboard](scoreboard.md).
+
+## By figure and table
+
+The thesis's experiments whole, and at the preset `laptop`: a balanced part of each grid, with [shorter training](#laptop). Figures share models; the last row counts each once.
+Models on layers that do not reach the f-score they need are counted, and not made. Figures and tables that are missing here need no experiment: they are drawn or computed with the page, in seconds.
+
+```{{table}} Costs of figures and tables; hours of the whole are the preset's, times the operations.
+:name: tab-budget
+
+{tables.markdown(budget, COLUMNS, FORMATS)}
+```
+
+Reduced, so that all of it fits two days of two cores: the numbers of layers and models, the images an epoch of KH layers, the epochs of classifiers and BP models, and the ensembles to
+one to four models a row. What does not fit, and stays the thesis's alone: its counts of models, and means over its whole grids. In tables that show both, the columns that say "here" are from such models.
+
+Figures 8.1 to 8.6 and table 8.1 are drawn from the lists below instead, and so are 8.7, 8.8, 9.1, 9.2 and 9.7, which are about single models.
+
+## Models at the thesis's own settings
+
+Beside the grids there are lists of models that a chapter looks at closely, most with the thesis's training at full length.
+
+```{{table}} Costs of the committed lists.
+:name: tab-budget-lists
+
+{tables.markdown(others, dict(name="list", laptop="what", Tflop="Tflop", hours="core hours"), FORMATS)}
+```
+
+## On one GPU
+
+An estimate from shapes for a GPU of the H100 class; **not run on a GPU**. For each group of models, the largest of the times that operations, bytes and kernel launches take, at 60% of 67 TFLOP/s
+and of 3.35 TB/s, and 5 µs a launch. `sweeps/README.md` has the arithmetic.
+
+```{{table}} The whole thesis on one GPU, by estimate.
+:name: tab-budget-gpu
+
+{tables.markdown(gpu, formats={"Pflop": ",.0f", "TB moved": ",.0f", "million launches": ",.1f", "hours": ".2f"})}
+```
+"""
+
+
+def main() -> None:
+    rates, origin = costs.Rates(), provenance()
+    atomic_write(PAGE, page(rows(rates), lists(rates), costs.thesis_on_gpu(), origin, time.strftime("%Y-%m-%d")).encode())
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
