@@ -446,6 +446,17 @@ def network(record: dict, store: Store | None = None, side: int = 32) -> models.
     return model.eval()
 
 
+def filters(record: dict, store: Store) -> np.ndarray:
+    """The filters (F, C, w, w) of a model: its own, or, where an LL model is kept without, its layer's. ``ValueError`` where neither is kept."""
+    arrays = store.arrays(record)
+    if "conv_weight" in arrays:
+        return arrays["conv_weight"]
+    layer = next((one for one in store.find("layer") if one["id"] == record.get("layer")), None)
+    if layer is None:
+        raise ValueError(f"model record {record['id']} is kept without its filters; delete {store.path('model', record['id'])} to train it again")
+    return store.arrays(layer)["weight"]
+
+
 def without_weights(store: Store, record: dict) -> dict:
     """A model's record, kept without the weights that training it again, or an LL model's layer, gives."""
     return store.drop(record, "linear_weight", "conv_weight")

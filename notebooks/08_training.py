@@ -355,7 +355,7 @@ glue("grid-1-kept", Markdown(f"{len(kept_f)} of {len(grid1)}"), display=False)
 # convolution, without the normalisation of patches, and its filters follow the gradient of the loss.
 
 # %% tags=["remove-cell"]
-grids = {f"{kind}, accuracy {r['results']['test_accuracy']:.3f}": run.store.arrays(r)["conv_weight"] for kind, r in records.items()}
+grids = {f"{kind}, accuracy {r['results']['test_accuracy']:.3f}": pipeline.filters(r, run.store) for kind, r in records.items()}
 glue("fig-page-filters", plots.filter_grids(grids), display=False)
 glue("fig-training", plots.training_history({f"{kind} model": [r] for kind, r in records.items()}), display=False)
 
@@ -411,7 +411,7 @@ rows = [
     for kind, each in best.items()
 ]
 glue("tab-best", Markdown(tables.markdown(rows)), display=False)
-pictures = {f"{kind}, accuracy {each[0]['results']['test_accuracy']:.3f}": run.store.arrays(each[0])["conv_weight"][quarter]
+pictures = {f"{kind}, accuracy {each[0]['results']['test_accuracy']:.3f}": pipeline.filters(each[0], run.store)[quarter]
             for kind, each in (("BP", best["BP"]), ("LL", best["LL"]))}
 glue("fig-8-7", plots.filter_grids(pictures), display=False)
 glue("fig-best-training", plots.training_history({f"{kind} model": best[kind] for kind in ("LL", "BP")}), display=False)
@@ -447,14 +447,14 @@ glue("fig-best-training", plots.training_history({f"{kind} model": best[kind] fo
 
 # %% tags=["remove-cell"]
 wide = {
-    "BP": run.store.full("model", model="BP", w=12, n=1.0, sigma="elu", w_pool=9, held_out=0),
+    "BP": run.store.full("model", model="BP", w=12, n=1.0, sigma="elu", w_pool=9, head_epochs=70, held_out=0),
     "LL": run.store.full("model", model="LL", K=20, w=12, m=3, p=2.0, delta=0.1, n=12.0, sigma="gelu", w_pool=5, held_out=0),
 }
 pictures = {}
 for kind, each in wide.items():
     for record in each[:1]:
-        asked, filters = record["asked"], run.store.arrays(record)["conv_weight"]
-        pictures[f"{kind}, K={asked['K']}, accuracy {record['results']['test_accuracy']:.3f}"] = filters[quarter] if asked["K"] == 20 else filters
+        asked, found = record["asked"], pipeline.filters(record, run.store)
+        pictures[f"{kind}, K={asked['K']}, accuracy {record['results']['test_accuracy']:.3f}"] = found[quarter] if asked["K"] == 20 else found
 glue("fig-8-8", plots.filter_grids(pictures), display=False)
 
 # %% [markdown]

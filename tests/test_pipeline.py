@@ -740,6 +740,17 @@ class TestWithoutWeights:
         assert hashlib.sha256(weights["linear_weight"].tobytes()).hexdigest() == kept["arrays"]["dropped"]["linear_weight"]
         network(again, run.store)
 
+    def test_filters_are_the_models_own_or_its_layers(self, tiny, tmp_path):
+        run = Run(tiny, Store(tmp_path), "cpu", lambda text: None)
+        LL, BP = ll_model(run, ConvSettings(K=3, w=6, m=2, conv_epochs=1), HEAD), bp_model(run, 3, 6, HEAD)
+        before = pipeline.filters(LL, run.store)
+        slim = pipeline.without_weights(run.store, LL)
+        assert run.store.arrays(slim).keys() == {"linear_bias"} and before.shape == (9, 3, 6, 6)
+        np.testing.assert_array_equal(pipeline.filters(slim, run.store), before)
+        np.testing.assert_array_equal(pipeline.filters(BP, run.store), run.store.arrays(BP)["conv_weight"])
+        with pytest.raises(ValueError, match=f"model record {BP['id']} is kept without its filters; delete .*json to train it again"):
+            pipeline.filters(pipeline.without_weights(run.store, BP), run.store)
+
     def test_the_audit_is_of_the_last_fgsm(self, tiny, tmp_path, monkeypatch):
         run, at = Run(tiny, Store(tmp_path), "cpu", lambda text: None), []
         fake = dict(id="x", results=dict(fit=dict(status="ok", R=0.02, R_err=0.001, n=9)))
