@@ -143,14 +143,10 @@ with the same words; how much of each figure and table is done is on the [scoreb
 
 ## By figure and table
 
-The thesis's experiments whole, and at the preset `laptop`: a balanced part of each grid, with [shorter training](#laptop). Figures share models; the last row counts each once.
+The thesis's experiments whole, and at the preset `laptop`: a balanced part of each grid, with [shorter training](#laptop). Figures share models; the last row counts each once. Hours of the thesis's are those of the preset, times the operations.
 Models on layers that do not reach the f-score they need are counted, and not made. Figures and tables that are missing here need no experiment: they are drawn or computed with the page, in seconds.
 
-```{{table}} Costs of figures and tables; hours of the whole are the preset's, times the operations.
-:name: tab-budget
-
 {tables.markdown(budget, COLUMNS, FORMATS)}
-```
 
 Reduced, so that all of it fits two days of two cores: the numbers of layers and models, the images an epoch of KH layers, the epochs of classifiers and BP models, and the ensembles to
 one to four models a row. What does not fit, and stays the thesis's alone: its counts of models, and means over its whole grids. In tables that show both, the columns that say "here" are from such models.
@@ -161,22 +157,14 @@ Figures 8.1 to 8.6 and table 8.1 are drawn from the lists below instead, and so 
 
 Beside the grids there are lists of models that a chapter looks at closely, most with the thesis's training at full length.
 
-```{{table}} Costs of the committed lists.
-:name: tab-budget-lists
-
 {tables.markdown(others, dict(name="list", laptop="what", Tflop="Tflop", hours="core hours"), FORMATS)}
-```
 
 ## On one GPU
 
 An estimate from shapes for a GPU of the H100 class; **not run on a GPU**. For each group of models, the largest of the times that operations, bytes and kernel launches take, at 60% of 67 TFLOP/s
 and of 3.35 TB/s, and 5 µs a launch. `sweeps/README.md` has the arithmetic.
 
-```{{table}} The whole thesis on one GPU, by estimate.
-:name: tab-budget-gpu
-
 {tables.markdown(gpu, formats={"Pflop": ",.0f", "TB moved": ",.0f", "million launches": ",.1f", "hours": ".2f"})}
-```
 """
 
 
