@@ -1,17 +1,19 @@
 """What each figure and table of the thesis costs, whole and at the preset ``laptop``.
 
-``python -m khnb.budget`` writes ``book/budget.md`` anew: counts and operations from the grids, hours from rates measured on the machine it runs on.
+``python -m khnb.budget`` writes ``book/budget.md`` anew: counts and operations from the grids, hours from rates in the store, in a record of kind ``timing``. With ``--measure`` (or where
+there is no such record) they are measured first, on the machine it runs on, and recorded.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from khnb import costs, sweeps, tables
-from khnb.results import atomic_write, provenance
+from khnb import costs, data, sweeps, tables
+from khnb.results import Store, atomic_write
 
 PAGE = tables.REFERENCE.parent / "book" / "budget.md"
 
@@ -36,8 +38,8 @@ def needed() -> dict[tuple[str, str], list[str]]:
     for row in tables.thesis("experiments"):
         for output in outputs(row["outputs"]) if book[row["id"]].get("jobs") else []:
             found.setdefault(output, []).append(row["id"])
-    found = {output: [name for name in names if name in attacks] or names for output, names in found.items()}
-    return dict(sorted(found.items(), key=lambda one: (one[0][0], *map(lambda part: (part.isalpha(), part.rjust(3)), one[0][1].split(".")))))
+    order = [(row["kind"], row["id"]) for row in tables.thesis("manifest")]
+    return {output: [name for name in found[output] if name in attacks] or found[output] for output in order if output in found}
 
 
 #: tables of one kind of model, drawn from experiments that attack both
@@ -76,7 +78,25 @@ def _flop(group) -> float:
     return _known[group.id]
 
 
-def rows(rates: costs.Rates) -> list[dict]:
+ASKED = dict(benchmark="sweep_rates", threads=1)  # of the record of the rates
+
+
+class Rates:
+    """Rates by name as :meth:`khnb.costs.Rates.get` gives them: those ``known``, and from a ``source``, where there is one, those that are not."""
+
+    def __init__(self, known: dict[str, list[float]], source: costs.Rates | None = None):
+        self.known, self.source = known, source
+
+    def get(self, name: str, measure: Callable[[], list[float]]) -> list[float]:
+        """``ValueError`` for one that has not been measured."""
+        if name not in self.known:
+            if self.source is None:
+                raise ValueError(f"no rate of {name!r} is on record: python -m khnb.budget --measure")
+            self.known[name] = self.source.get(name, measure)
+        return self.known[name]
+
+
+def rows(rates: Rates) -> list[dict]:
     """A row for each figure and table that is drawn from experiments, and one for all of them, which counts once what several share.
 
     Hours are core hours on this machine; those of the whole are the preset's times the operations, kind by kind.
@@ -90,7 +110,7 @@ def rows(rates: costs.Rates) -> list[dict]:
             groups = [group for group in sweeps.groups(grid, preset) if group.bp == ONE_KIND.get(number, group.bp)]
             seen |= {group.id: group for group in groups}
             if preset == "laptop":
-                times.update({id: seconds for id, seconds in sweeps.expected([group for group in groups if group.id not in times], rates).items()})
+                times.update(sweeps.expected([group for group in groups if group.id not in times], rates))
             sums[preset] = groups
         return dict(name=f"{kind} {number}", experiments=", ".join(experiments), **told(sums))
 
@@ -106,7 +126,7 @@ def rows(rates: costs.Rates) -> list[dict]:
     return [*found, dict(name="all, each once", experiments="", **told({preset: list(seen.values()) for preset, seen in every.items()}))]
 
 
-def lists(rates: costs.Rates) -> list[dict]:
+def lists(rates: Rates) -> list[dict]:
     """A row for each committed list of models beside the thesis's grids."""
     found = []
     for path in sorted(sweeps.FOLDER.glob("*.json")):
@@ -118,8 +138,6 @@ def lists(rates: costs.Rates) -> list[dict]:
     return found
 
 
-
-
 def _hours(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 0.1 else f"{value:.2f}"
 
@@ -127,18 +145,20 @@ def _hours(value: float) -> str:
 FORMATS = dict(whole_Pflop=",.2f", whole_hours=_hours, Tflop=",.0f", hours=_hours)
 COLUMNS = dict(
     name="drawn from experiments", experiments="experiments", whole="the thesis's", whole_Pflop="Pflop", whole_hours="core hours", laptop="preset `laptop`", Tflop="Tflop",
-    hours="core hours ",
+    hours="core hours",
 )
 
 
-def page(budget: list[dict], others: list[dict], gpu: list[dict], origin: dict, date: str) -> str:
-    """The text of ``book/budget.md``."""
+def page(record: dict) -> str:
+    """The text of ``book/budget.md``, with the rates of this record."""
+    rates = Rates(record["results"]["rates"])
+    budget, others, gpu = rows(rates), lists(rates), costs.thesis_on_gpu()
     return f"""(budget)=
 # What it costs
 
 What it takes to draw each figure and table of the thesis again, whole and on one machine without a GPU. Models and operations are counted from the
-grids in `sweeps/` (how far attacks go, from those in the store); hours are those of one core of the machine on which this page was written ({origin["hardware"]["name"]}, {date}, code {origin["code"]["source"][:8]}), from short runs
-of the very engines. The page is written by `python -m khnb.budget`, and a test holds its counts to the grids. What a sweep costs on your machine says `make plan GRID=E08+E12 PRESET=laptop`, and how far it is `make status`
+grids in `sweeps/` (how far attacks go, from those in the store); hours are those of one core ({record["hardware"]["name"]}), from short runs
+of the very engines, {len(record["results"]["rates"])} rates in record `{record["id"]}`. The page is written by `python -m khnb.budget`, and a test holds it to the grids and the records. What a sweep costs on your machine says `make plan GRID=E08+E12 PRESET=laptop`, and how far it is `make status`
 with the same words; how much of each figure and table is done is on the [scoreboard](scoreboard.md).
 
 ## By figure and table
@@ -168,11 +188,21 @@ and of 3.35 TB/s, and 5 µs a launch. `sweeps/README.md` has the arithmetic.
 """
 
 
-def main() -> None:
-    rates, origin = costs.Rates(), provenance()
-    atomic_write(PAGE, page(rows(rates), lists(rates), costs.thesis_on_gpu(), origin, time.strftime("%Y-%m-%d")).encode())
+def measured(store: Store) -> dict:
+    """The record of all rates that the page takes, measured now where this machine has not measured them before."""
+    started, rates = time.perf_counter(), Rates({}, costs.Rates())
+    rows(rates), lists(rates)
+    return store.put("timing", ASKED, data.load("cifar10-sample"), dict(rates=rates.known), {}, time.perf_counter() - started)
+
+
+def main(words: list[str]) -> None:
+    store = Store()
+    record = next(iter(store.find("timing", **ASKED)), None)
+    if record is None or words == ["--measure"]:
+        record = measured(store)
+    atomic_write(PAGE, page(record).encode())
     print(f"wrote {PAGE}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,10 +1,11 @@
 """What figures and tables cost, and that the page of it is about the grids as they are."""
 
-import re
+from types import SimpleNamespace
 
 import pytest
 
 from khnb import budget, tables
+from khnb.results import Store
 
 
 @pytest.mark.parametrize(
@@ -28,31 +29,24 @@ def test_what_is_drawn_from_experiments():
     assert computed == {"2.1", "2.2", "2.3", "2.4", "3.1", "4.1", "5.1", "6.1", "7.1"}, "those that need no experiment"
 
 
-class Rates:
-    """Every rate is 1e-9 s."""
-
-    def get(self, name, measure):
-        return [1e-9] * (2 if name.startswith(("heads", "attack")) else 1)
-
-
 @pytest.mark.slow
-def test_the_page_has_the_counts_of_the_grids():
-    def told(text):  # cells of the rows of all tables
-        return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("|")]
+def test_the_page_is_of_the_grids_and_records_as_they_are():
+    (record,) = Store().find("timing", **budget.ASKED)
+    assert budget.PAGE.read_text() == budget.page(record), "run python -m khnb.budget"
 
-    def counts(rows, width):
-        return [[cell for cell in row if not re.fullmatch(r"[\d,]+\.?\d*", cell)] for row in rows if len(row) == width]
 
-    made = budget.page(budget.rows(Rates()), budget.lists(Rates()), [dict(part="none")], dict(hardware=dict(name="test"), code=dict(source="0" * 16)), "today")
-    page = budget.PAGE.read_text().split("## On one GPU")[0]
-    for width in (8, 4):
-        expected, found = counts(told(made), width), counts(told(page), width)
-        assert len(expected) > 10 and found == expected, "out of date: python -m khnb.budget"
+def test_a_rate_that_is_not_on_record():
+    with pytest.raises(ValueError, match="no rate of 'bp' is on record: python -m khnb.budget --measure"):
+        budget.Rates({"start": [1.0]}).get("bp", lambda: [2.0])
+    source = SimpleNamespace(get=lambda name, measure: measure())
+    rates = budget.Rates({"start": [1.0]}, source)
+    assert rates.get("bp", lambda: [2.0]) == [2.0] and rates.known == {"start": [1.0], "bp": [2.0]}
 
 
 @pytest.mark.slow
 def test_one_kind_of_table_has_one_kind_of_model(monkeypatch):
     monkeypatch.setattr(budget, "needed", lambda: {("table", "B.1"): ["E21"], ("table", "B.3"): ["E21"]})
-    LL, BP, both = budget.rows(Rates())
+    source = SimpleNamespace(get=lambda name, measure: [1e-9] * (2 if name.startswith(("heads", "attack")) else 1))
+    LL, BP, both = budget.rows(budget.Rates({}, source))
     assert "layers" in LL["laptop"] and "layers" not in BP["laptop"] and both["whole_Pflop"] == pytest.approx(LL["whole_Pflop"] + BP["whole_Pflop"])
     assert LL["hours"] > 0 and LL["whole_hours"] > LL["hours"]
