@@ -185,8 +185,9 @@ def _trained(row: dict, way: dict) -> bool:
 
 def _share_of_pairs(rows: list[dict]) -> float:
     """Share of the pairs of an LL and a BP model with the same K and w in which the LL model is more robust; nan without pairs."""
-    pairs = [a["R"] > b["R"] for a in rows if a["model"] == "LL" for b in rows if b["model"] == "BP" and (a["K"], a["w"]) == (b["K"], b["w"])]
-    return float(np.mean(pairs)) if pairs else math.nan
+    LL, BP = (np.array([[row["R"], row["K"], row["w"]] for row in rows if row["model"] == kind]).reshape(-1, 3) for kind in ("LL", "BP"))
+    alike = (LL[:, None, 1:] == BP[:, 1:]).all(2)
+    return float((LL[:, None, 0] > BP[:, 0])[alike].mean()) if alike.any() else math.nan
 
 
 def _less_apparent(rows: list[dict]) -> float:

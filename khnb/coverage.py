@@ -13,7 +13,7 @@ import numpy as np
 
 from khnb.results import Store, atomic_write
 from khnb.settings import PARAMETERS
-from khnb.tables import REFERENCE, accepted_models, attacked_models, ensemble, ensemble_row, markdown, thesis
+from khnb.tables import REFERENCE, accepted_models, attacked_models, ensemble, ensemble_row, markdown, robustness, thesis
 
 PAGE = REFERENCE.parent / "book" / "scoreboard.md"
 STATUS = {
@@ -157,7 +157,7 @@ def measures(store: Store) -> dict[str, tuple[float, str]]:
         found["bp_minus_ll"] = round(10_000 * (max(best["BP"]) - max(best["LL"]))), f"the best of {seeds} models"
     for kind, table, attack, column in (("LL", "B1", None, "acc"), ("BP", "B3", None, "acc"), ("LL", "B1", "fgsm", "R"), ("BP", "B3", "fgsm", "R"), ("LL", "B2", "pgd", "R"), ("BP", "B4", "pgd", "R")):
         how = PGD_B if attack == "pgd" else {}
-        R = {r["asked"]["of"]: r["results"]["fit"]["R"] for r in store.full("attack", attack=attack, confidence=0.8, **how) if r["results"]["fit"]["status"] == "ok"} if attack else None
+        R = robustness(store, attack, **how) if attack else None
         spreads = []
         for row in thesis(f"table_{table}"):
             alike, _ = ensemble(models, row, kind)

@@ -451,7 +451,7 @@ def filters(record: dict, store: Store) -> np.ndarray:
     arrays = store.arrays(record)
     if "conv_weight" in arrays:
         return arrays["conv_weight"]
-    layer = next((one for one in store.find("layer") if one["id"] == record.get("layer")), None)
+    layer = store.light("layer").get(record.get("layer"))
     if layer is None:
         raise ValueError(f"model record {record['id']} is kept without its filters; delete {store.path('model', record['id'])} to train it again")
     return store.arrays(layer)["weight"]

@@ -217,6 +217,12 @@ def by_value(name: str, models: list[dict]) -> list[dict]:
     return rows
 
 
+def robustness(store, attack: str = "fgsm", confidence: float = 0.8, **amounts) -> dict[str, float]:
+    """Id of a model -> its R, of the models on the full CIFAR-10 that have one under this attack (``amounts``: ``step``, ``radius``, ...)."""
+    records = store.full("attack", attack=attack, confidence=confidence, **amounts)
+    return {record["asked"]["of"]: record["results"]["fit"]["R"] for record in records if record["results"]["fit"]["status"] == "ok"}
+
+
 #: how models are trained that are compared with one another: as the thesis's, and as the preset ``laptop`` says
 TRAINED = {
     "LL": (dict(conv_share=1.0, conv_eta0=1e-3, head_epochs=100, head_batch=1000), dict(**FAST, head_epochs=25, head_batch=250)),

@@ -44,7 +44,7 @@ from khnb.results import Store
 
 store, rows = Store(), []
 models = store.full("model", held_out=0)
-R = {r["asked"]["of"]: r["results"]["fit"]["R"] for r in store.full("attack", attack="fgsm", confidence=0.8) if r["results"]["fit"]["status"] == "ok"}
+R = tables.robustness(store)
 for kind, name in (("LL", "table_B1"), ("BP", "table_B3")):
     for row in tables.thesis(name):
         alike, _ = tables.ensemble(models, row, kind)

@@ -61,10 +61,8 @@ for name, models in made.items():
     rows = [names(row) for row in tables.by_value(name, models)]
     glue(name.replace("table_", "tab-").replace("A", "a-"), Markdown(tables.markdown(rows, headings, formats)))
 
-radii = store.full("attack", attack="fgsm", confidence=0.8)
-R = {r["asked"]["of"]: r["results"]["fit"]["R"] for r in radii if r["results"]["fit"]["status"] == "ok"}
 twice: dict[tuple, list] = {}
-for pair in tables.trained_shorter(store.full("model", held_out=0), R):
+for pair in tables.trained_shorter(store.full("model", held_out=0), tables.robustness(store)):
     twice.setdefault(tuple((name, pair.get(name, "")) for name in ("model", "K", "w", "m", "p", "n", "sigma", "w_pool")), []).append(pair)
 
 

@@ -36,8 +36,7 @@ from khnb.results import Store
 
 store = Store()
 models = store.full("model", held_out=0)
-radii = {"fgsm": store.full("attack", attack="fgsm", confidence=0.8), "pgd": store.full("attack", attack="pgd", confidence=0.8, step=5e-4, radius=0.14)}
-R = {attack: {r["asked"]["of"]: r["results"]["fit"]["R"] for r in records if r["results"]["fit"]["status"] == "ok"} for attack, records in radii.items()}
+R = {"fgsm": tables.robustness(store), "pgd": tables.robustness(store, "pgd", step=5e-4, radius=0.14)}
 
 
 def values(row, model, attack):
