@@ -161,7 +161,7 @@ def of(group, memory: float = 4.0) -> Cost:
         cost.moved += (4 * 4 * places + 12 * size) * (forwards + 3 * gradients)
         for one in attacks:
             count = images["test"] * outcome(model, one["confidence"])[0]
-            cost.disk += BYTES["attack"] + count * 14
+            cost.disk += BYTES["attack"] + count * 8
         cost.launches += 60 * (forwards + gradients) / 1000  # of a thousand images at a time
     return cost
 

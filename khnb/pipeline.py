@@ -457,6 +457,13 @@ def filters(record: dict, store: Store) -> np.ndarray:
     return store.arrays(layer)["weight"]
 
 
+def stages(record: dict, store: Store) -> dict[int, np.ndarray]:
+    """The filters (F, C, w, w) of a layer on its way: epoch -> those that its record keeps, in half precision; where it keeps none, the last alone."""
+    arrays = store.arrays(record)
+    kept = dict(zip(arrays.get("epochs", np.empty(0)).tolist(), arrays.get("snapshots", ()), strict=True))
+    return kept or {len(record["results"]["history"]): arrays["weight"]}
+
+
 def without_weights(store: Store, record: dict) -> dict:
     """A model's record, kept without the weights that training it again, or an LL model's layer, gives."""
     return store.drop(record, "linear_weight", "conv_weight")

@@ -105,15 +105,47 @@ def atomic_write(path: Path, content: bytes) -> None:
         raise
 
 
+#: FGSM radii are whole multiples of this, and as such take less than half the room; the names of arrays that are kept so end like this
+GRAIN, IN_GRAINS = 1e-6, "@1e-6"
+
+
+def _in_grains(value: np.ndarray) -> np.ndarray | None:
+    """The numbers k (int32) with value == k * GRAIN to the last bit, -1 for ``inf``; ``None`` where there are none."""
+    if value.dtype != np.float64 or not (value >= 0).all():  # nan as well
+        return None
+    grains = np.rint(np.where(np.isinf(value), -GRAIN, value) / GRAIN)
+    if not (grains < 2**31).all():
+        return None
+    grains = grains.astype(np.int32)
+    return grains if _of_grains(grains).tobytes() == value.tobytes() else None
+
+
+def _of_grains(grains: np.ndarray) -> np.ndarray:
+    return np.where(grains < 0, np.inf, grains * GRAIN)
+
+
 def pack(arrays: dict) -> bytes:
-    """Named arrays as compressed npz bytes; object arrays (which would be pickled) are refused."""
+    """Named arrays as compressed npz bytes, for :func:`unpack`; object arrays (which would be pickled) are refused."""
     plain = {name: np.asarray(value) for name, value in arrays.items()}
     for name, value in plain.items():
         if value.dtype.hasobject:
             raise ValueError(f"array {name!r} holds Python objects; only numbers are stored")
+    for name, value in list(plain.items()):
+        if (grains := _in_grains(value)) is not None:
+            plain[name + IN_GRAINS] = grains
+            del plain[name]
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **plain)
     return buffer.getvalue()
+
+
+def unpack(content: bytes) -> dict[str, np.ndarray]:
+    """What :func:`pack` was given, to the last bit. Raises one of a dozen kinds of exception on bytes that are no npz of numbers."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        found = {name: file[name] for name in file.files}
+    if not all(isinstance(value, np.ndarray) for value in found.values()):
+        raise ValueError("not all of it is arrays")
+    return {name.removesuffix(IN_GRAINS): _of_grains(value) if name.endswith(IN_GRAINS) else value for name, value in found.items()}
 
 
 class DamagedRecord(Warning):
@@ -287,11 +319,7 @@ class Store:
         if hashlib.sha256(content).hexdigest() != record["arrays"]["sha256"]:
             raise ValueError(f"arrays {path} are not those of the record; delete the record to compute it again")
         try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                found = {name: file[name] for name in file.files}
-            if not all(isinstance(value, np.ndarray) for value in found.values()):
-                raise ValueError("not all of it is arrays")
-            return _cut(found, record["arrays"].get("least", {}))
+            return _cut(unpack(content), record["arrays"].get("least", {}))
         except Exception as error:  # numpy and zipfile raise a dozen kinds on bytes that are no npz
             raise ValueError(f"arrays {path} are no npz of numbers ({error}); delete the record to compute it again") from error
 

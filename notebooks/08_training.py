@@ -113,9 +113,9 @@ layer = pipeline.conv_layer(run, settings.ConvSettings.of(parameters))
 # is 1 to within $10^{-6}$.
 
 # %% tags=["remove-cell"]
-arrays = run.store.arrays(layer)
-stages = [i for i, epoch in enumerate(arrays["epochs"]) if epoch in (0, 1, 2, 4, 8, parameters["conv_epochs"])][-6:]
-figure = plots.filter_grids({f"epoch {arrays['epochs'][i]}": arrays["snapshots"][i] for i in stages}, columns=3)
+stages = pipeline.stages(layer, run.store)
+shown = [epoch for epoch in stages if epoch in (0, 1, 2, 4, 8, max(stages))][-6:]
+figure = plots.filter_grids({f"epoch {epoch}": stages[epoch] for epoch in shown}, columns=3)
 glue("fig-forming", figure, display=False)
 glue("fig-f-score", plots.layer_history(layer["results"]["history"]), display=False)
 
@@ -141,7 +141,7 @@ glue("fig-f-score", plots.layer_history(layer["results"]["history"]), display=Fa
 # norms are summed in double precision.
 
 # %% tags=["remove-input"]
-weight = torch.from_numpy(arrays["weight"])
+weight = torch.from_numpy(run.store.arrays(layer)["weight"])
 tolerances = (1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 Markdown(tables.markdown([{"tolerance": "f-score"} | {f"{tol:g}": f"{f_score(weight, layer['asked']['p'], tol):.2f}" for tol in tolerances}]))
 
@@ -171,8 +171,8 @@ first = run.store.full("layer", **long)[0]
 kept = run.store.arrays(first)
 glue("fig-8-1", plots.filter_grid(kept["weight"]), display=False)
 quarter = [20 * row + column for row in range(10) for column in range(10)]
-stages = {f"epoch {epoch}": filters[quarter] for epoch, filters in zip(kept["epochs"], kept["snapshots"], strict=True)}
-glue("fig-8-2", plots.filter_grids(stages, columns=3), display=False)
+ways = {f"epoch {epoch}": filters[quarter] for epoch, filters in pipeline.stages(first, run.store).items()}
+glue("fig-8-2", plots.filter_grids(ways, columns=3), display=False)
 of_features = is_feature(torch.from_numpy(kept["weight"]), 2, 1e-4)
 noisy = {int(e): round(400 * (1 - first["results"]["history"][e - 1]["f_1e4"])) for e in (40, 50, 70, 100, 150, 250, 500, 1000)}
 rows = [{"epoch": e, "filters that are no features (of 400)": count} for e, count in noisy.items()]
@@ -224,11 +224,10 @@ def of_wall(**more):
     return run.store.full("layer", **wall, **more)[0]
 
 
-def passes(record, stages):
+def passes(record, epochs):
     """Filters of a layer after so many tenths of a pass over the patches, with titles."""
-    arrays = run.store.arrays(record)
-    at = {int(e): i for i, e in enumerate(arrays["epochs"])}
-    return {f"after {e / 10:g} passes": arrays["snapshots"][at[e]] for e in stages}
+    kept = pipeline.stages(record, run.store)
+    return {f"after {e / 10:g} passes": kept[e] for e in epochs}
 
 
 fell, stood = of_wall(m=3, delta=0.2), of_wall(m=3, delta=0.1)
@@ -484,8 +483,8 @@ best_of = {kind: run.store.arrays(best[kind][0]) for kind in ("LL", "BP")}
 
 def on_the_way(record):
     """The filters of a layer for the explorer, with their past."""
-    found = run.store.arrays(record)
-    return dict(weight=found["weight"], p=record["asked"]["p"], epochs=found["epochs"].tolist(), snapshots=found["snapshots"], wins=found["wins"])
+    found, kept = run.store.arrays(record), pipeline.stages(record, run.store)
+    return dict(weight=found["weight"], p=record["asked"]["p"], epochs=list(kept), snapshots=[*kept.values()], wins=found["wins"])
 
 
 def of_bp(found):

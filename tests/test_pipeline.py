@@ -469,8 +469,14 @@ class TestLockstep:
 
     @pytest.mark.parametrize(("snapshots", "kept"), [([1, 2], [1, 2, 3]), ([0], [0, 3]), ([], [])])
     def test_snapshots_are_a_choice(self, snapshots, kept, run):
-        weight = run.store.arrays(conv_layers(run, [CONV], snapshots)[0])
-        assert weight["epochs"].tolist() == kept and weight["snapshots"].shape == (len(kept), 9, 3, 6, 6)
+        (record,) = conv_layers(run, [CONV], snapshots)
+        arrays = run.store.arrays(record)
+        assert arrays["epochs"].tolist() == kept and arrays["snapshots"].shape == (len(kept), 9, 3, 6, 6)
+        stages = pipeline.stages(record, run.store)
+        assert list(stages) == (kept or [3]) and all(type(epoch) is int for epoch in stages)
+        np.testing.assert_allclose(stages[3], arrays["weight"], rtol=1e-3, atol=1e-6)
+        last = pipeline.stages(run.store.drop(record, "epochs", "snapshots"), run.store)
+        assert list(last) == [3] and last[3].tobytes() == arrays["weight"].tobytes()
 
     @pytest.mark.parametrize("wrong", [dict(seeds=0), dict(until=1.5), dict(snapshots=3), dict(snapshots=[-1]), dict(snapshots=["end"]), dict(seeds=True), dict(stop_collapsed=1)])
     def test_what_is_no_number_of_epochs(self, wrong):

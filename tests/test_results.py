@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from khnb import results
-from khnb.results import DamagedRecord, Rows, Store, atomic_write, pack, provenance, record_id
+from khnb.results import DamagedRecord, Rows, Store, atomic_write, pack, provenance, record_id, unpack
 from khnb.settings import PARAMETERS, ConvSettings, HeadSettings
 
 DATA = SimpleNamespace(name="cifar10-sample", sha256=dict(train="a" * 64, test="b" * 64))
@@ -498,6 +498,30 @@ class TestDamagedArrays:
         record = put(store)
         with pytest.raises(ValueError, match=record["id"]):
             store.arrays(self.content(store, record, content, resign=True))
+
+
+class TestPacking:
+    @given(st.lists(st.one_of(st.integers(0, 2**33).map(lambda k: k * 1e-6), st.just(np.inf)), max_size=20), st.sampled_from([(-1,), (1, -1)]))
+    def test_whole_multiples_come_back_to_the_last_bit(self, values, shape):
+        value = np.array(values).reshape(shape if values else (0,))
+        back = unpack(pack(dict(a=value)))["a"]
+        assert back.dtype == value.dtype and back.shape == value.shape and back.tobytes() == value.tobytes()
+
+    @given(st.lists(st.floats(width=64), max_size=20))
+    def test_so_do_all_others(self, values):
+        back = unpack(pack(dict(a=np.array(values))))["a"]
+        assert back.dtype == np.float64 and back.tobytes() == np.array(values).tobytes()
+
+    def test_radii_are_kept_as_whole_numbers(self):
+        radii = np.append(np.random.default_rng(0).integers(0, 10**5, 4000) * 1e-6, np.inf)
+        with np.load(io.BytesIO(pack(dict(radii=radii)))) as file:
+            assert file.files == ["radii@1e-6"] and file["radii@1e-6"].dtype == np.int32
+        assert len(pack(dict(radii=radii))) < 0.6 * len(pack(dict(radii=radii + 1e-9)))
+
+    @pytest.mark.parametrize("value", [-1e-6, -0.0, np.nan, 1.5e-6, 2.0**31 * 1e-6, np.float32(1e-6), np.int64(3), True])
+    def test_what_is_none_stays_as_it_is(self, value):
+        with np.load(io.BytesIO(pack(dict(a=value)))) as file:
+            assert file.files == ["a"] and file["a"].tobytes() == np.asarray(value).tobytes()
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
