@@ -25,9 +25,7 @@ class Around(nn.Module):
         if head.pooling == "last":
             raise ValueError('pooling="last" has no path around the patch normalisation here; use a model with pooling="first"')
         kernel, norms = conv.parts(images.detach())
-        if native.convolves(images, kernel):
-            return self.network.classify(native.conv_pool(images, kernel, None, head.w_pool, head.s_pool, scale=1 / norms))
-        return self.network.classify(nn.functional.max_pool2d(nn.functional.conv2d(images, kernel) / norms, head.w_pool, head.s_pool))
+        return self.network.classify(native.conv_pool(images, kernel, None, head.w_pool, head.s_pool, scale=1 / norms))
 
 
 def audit(model: Network, images: Tensor, labels: Tensor, epsilon: float, seed: int = 0, restarts: int = 5, steps: int = 40) -> dict[str, float]:

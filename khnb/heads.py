@@ -59,8 +59,9 @@ class Features:
         images = to_float(images.to(self.device))
         scale = 1 / patches.norms(images, self.layer.w, self.layer.p)
         before = [tuple(rest) if len(rest) == 2 else () for _, _, *rest in self.pools]
-        found = None if any(before) else native.conv_pools(images, self.kernel, scale, [pool[:2] for pool in self.pools])
-        if found is None:
+        if not any(before):
+            found = native.conv_pools(images, self.kernel, scale, [pool[:2] for pool in self.pools])
+        else:
             activity = F.conv2d(images, self.kernel) * scale
             found = [F.max_pool2d(activate(activity, *of) if of else activity, *pool[:2]) for of, pool in zip(before, self.pools, strict=True)]
         return [ACTIVATIONS[pool[2]](x.flatten(1)) if len(pool) == 3 else x.flatten(1) for pool, x in zip(self.pools, found, strict=True)]

@@ -250,30 +250,38 @@ def _learn_torch(images, runs, ids):
         s = run.layer.settings
         groups.setdefault((s.K, s.conv_rank, s.conv_scale), []).append(run)
     for chunk in ids:
+        together = [_Stack([run for run in group if not run.stopped]) for group in groups.values() if not all(run.stopped for run in group)]
         for batch in chunk:
             v = patches.chosen(images, batch.to(images.device), runs[0].layer.settings.w)
             scales = {p: patches.scales(v, p) for p in {run.layer.settings.p for run in runs}}
-            for (_, by, scale), group in groups.items():
-                group = [run for run in group if not run.stopped]
-                if not group:
-                    continue
-                settings = [run.layer.settings for run in group]
-
-                def column(name, like=v, settings=settings):
-                    return like.new_tensor([getattr(s, name) for s in settings])[:, None, None]
-
-                weight = torch.stack([run.weight for run in group])
-                change, winner = _changes(
-                    weight, v, torch.stack([scales[s.p] for s in settings]), [s.m for s in settings], column("delta"), column("p"), by == "Q"
-                )
-                most = change.abs().amax((1, 2)).clamp_min(1e-30) if scale == "max" else float(len(v))
-                weight += change * (v.new_tensor([run.eta for run in group]) / most)[:, None, None]
-                for run, updated, won in zip(group, weight, winner, strict=True):
-                    run.weight = updated
-                    run.wins += torch.bincount(won, minlength=len(updated))
+            for stack in together:
+                stack.update(v, scales)
         for run in runs:
             run.stopped = run.stopped or ("" if run.weight.isfinite().all() else NOT_FINITE)
         yield len(chunk)
+
+
+class _Stack:
+    """Layers of equal K and equal conventions while they learn: their filters and wins side by side, those of each run a view of them."""
+
+    def __init__(self, runs: list[_Run]):
+        self.settings = [run.layer.settings for run in runs]
+        self.weight, self.wins = torch.stack([run.weight for run in runs]), torch.stack([run.wins for run in runs])
+        for run, weight, wins in zip(runs, self.weight, self.wins, strict=True):
+            run.weight, run.wins = weight, wins
+        self.delta, self.p = (self._column([getattr(s, name) for s in self.settings]) for name in ("delta", "p"))
+        self.eta, self.m = self._column([run.eta for run in runs]), [s.m for s in self.settings]
+
+    def _column(self, values: list) -> Tensor:
+        return self.weight.new_tensor(values)[:, None, None]
+
+    def update(self, v: Tensor, scales: dict[float, Tensor]) -> None:
+        """One minibatch: patches v (N, D), and 1 / p-norm of each (N,) for each p."""
+        s = self.settings[0]
+        change, winner = _changes(self.weight, v, torch.stack([scales[s.p] for s in self.settings]), self.m, self.delta, self.p, s.conv_rank == "Q")
+        most = change.abs().amax((1, 2), keepdim=True).clamp_min(1e-30) if s.conv_scale == "max" else float(len(v))
+        self.weight += change * (self.eta / most)
+        self.wins.scatter_add_(1, winner, torch.ones_like(winner))
 
 
 def _close_epoch(run: _Run, channels: int, snapshots, seconds: float) -> None:

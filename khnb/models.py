@@ -76,8 +76,6 @@ class Network(nn.Module):
             activity = activate(self.conv(images), self.head.sigma, self.head.n)
             return F.max_pool2d(activity, self.head.w_pool, self.head.s_pool)
         pool = self.head.w_pool, self.head.s_pool
-        if not native.convolves(images, self.conv.weight):
-            return F.max_pool2d(self.conv(images), *pool)
         if isinstance(self.conv, KHConv2d):
             kernel, norms = self.conv.parts(images)
             return native.conv_pool(images, kernel, None, *pool, scale=1 / norms)

@@ -1,7 +1,7 @@
 """The little C there is, compiled on first use where a C compiler is at hand.
 
-``kernels.c`` is compiled once a machine (about a second) into the user's cache. Where that cannot be done, or
-``KHNB_NATIVE=0`` is set, the functions give ``None`` and their callers take a plain PyTorch path, with equal results.
+``kernels.c`` is compiled once a machine (about a second) into the user's cache. Where that cannot be done, on a GPU, or where
+``KHNB_NATIVE=0`` is set, a plain PyTorch path is taken, with equal results: here, or by the caller where a function says whether it serves.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 SOURCE = Path(__file__).with_name("kernels.c")
 BLOCK = 112  # filters of the fused convolution done together
@@ -180,20 +182,50 @@ def _conv_pool(images, weight, bias, scale, pools, places: bool):
     return out, where
 
 
+def _plain(images, weight, bias, scale, pools, places: bool):
+    """The same as :func:`_conv_pool` in PyTorch, on any device."""
+    activity = F.conv2d(images, weight, bias)
+    if scale is not None:
+        activity *= scale
+    if places:
+        found = [F.max_pool2d(activity, *pool, return_indices=True) for pool in pools]
+        return [out for out, _ in found], found[0][1]
+    return [F.max_pool2d(activity, *pool) for pool in pools], None
+
+
 class _ConvPool(torch.autograd.Function):
+    """Keeps for the backward pass what was pooled and where it was, not the activities: they are most of the memory, and of the traffic on a GPU."""
+
     @staticmethod
     def forward(ctx, images, weight, bias, scale, w_pool, s_pool):
-        (out,), where = _conv_pool(images, weight, bias, scale, [(w_pool, s_pool)], any(ctx.needs_input_grad))
+        ctx.served = convolves(images, weight)
+        (out,), where = (_conv_pool if ctx.served else _plain)(images, weight, bias, scale, [(w_pool, s_pool)], any(ctx.needs_input_grad))
         ctx.save_for_backward(images, weight, scale, where, out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (images, weight, scale, where, out), grad = ctx.saved_tensors, grad.contiguous()
+        saved = (*ctx.saved_tensors, grad.contiguous(), *ctx.needs_input_grad[:4])
+        return *(_ConvPool._native if ctx.served else _ConvPool._plain)(*saved), None, None
+
+    @staticmethod
+    def _plain(images, weight, scale, where, out, grad, of_images, of_weight, of_bias, of_scale):
+        count, filters, side, across = len(images), len(weight), images.shape[2] - weight.shape[2] + 1, images.shape[3] - weight.shape[3] + 1
+        slope, flat = None, where.flatten(1)
+        dbias = grad.sum((0, 2, 3)) if of_bias else None
+        if scale is not None:
+            if of_scale:
+                slope = torch.zeros_like(scale).flatten(1).scatter_add_(1, flat, (grad * out).flatten(1)).view_as(scale) / scale
+            grad = grad.flatten(1) * scale.flatten(1).gather(1, flat)
+        dense = grad.new_zeros(count, filters, side * across).scatter_add_(2, where.flatten(2), grad.view(count, filters, -1)).view(count, filters, side, across)
+        found = conv2d_input(images.shape, weight, dense) if of_images else None
+        return found, conv2d_weight(images, weight.shape, dense) if of_weight else None, dbias, slope
+
+    @staticmethod
+    def _native(images, weight, scale, where, out, grad, of_images, of_weight, of_bias, of_scale):
         count, channels, height, width = images.shape
         filters, w = len(weight), weight.shape[-1]
-        of_images, of_weight, of_bias, of_scale, *_ = ctx.needs_input_grad
         found = torch.zeros_like(images) if of_images else None
         slope = torch.zeros_like(scale) if of_scale or of_images and scale is not None else None
 
@@ -216,33 +248,29 @@ class _ConvPool(torch.autograd.Function):
 
         parts = _in_parts(count, work)
         dweight, dbias = (sum(p[0] for p in parts), sum(p[1] for p in parts)) if of_weight or of_bias else (None, None)
-        return found, dweight, dbias, slope, None, None
+        return found, dweight, dbias, slope
 
 
 def convolves(images: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`conv_pool` serves these images (B, C, H, W) and filters (F, C, w, w): float32 on the CPU, at least 6 positions either way."""
+    """Whether there is a compiled :func:`conv_pool` for these images (B, C, H, W) and filters (F, C, w, w): float32 on the CPU, at least 6 positions either way."""
     plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in (images, weight))
     fits = images.ndim == 4 and len(images) > 0 and images.shape[1] == weight.shape[1] and min(images.shape[2:]) - weight.shape[-1] + 1 >= 6
     return plain and fits and _library() is not None
 
 
 def conv_pool(images: Tensor, weight: Tensor, bias: Tensor | None, w_pool: int, s_pool: int, scale: Tensor | None = None) -> Tensor:
-    """max_pool2d(conv2d(images, weight, bias) * scale, w_pool, s_pool), differentiable once, for what :func:`convolves` allows.
+    """max_pool2d(conv2d(images, weight, bias) * scale, w_pool, s_pool), differentiable once.
 
-    scale : (B, 1, H-w+1, W-w+1), or ``None`` for 1; ``ValueError`` where the gradient of scaled filters would be needed.
+    images : (B, C, H, W) float, on any device; weight : (F, C, w, w); bias : (F,) or ``None``; scale : (B, 1, H-w+1, W-w+1), or ``None`` for 1; ``ValueError`` where the gradient of scaled filters would be needed.
     """
     if scale is not None and any(each is not None and each.requires_grad for each in (weight, bias)):
         raise ValueError("weight or bias needs a gradient, which is not to be had where activities are scaled")
     return _ConvPool.apply(images.contiguous(), weight.contiguous(), bias, None if scale is None else scale.contiguous(), w_pool, s_pool)
 
 
-def conv_pools(images: Tensor, weight: Tensor, scale: Tensor, pools: list[tuple[int, int]]) -> list[Tensor] | None:
-    """max_pool2d(conv2d(images, weight) * scale, w_pool, s_pool) for each (w_pool, s_pool), without gradients; ``None`` where
-    :func:`convolves` says no. scale : (B, 1, H-w+1, W-w+1).
-    """
-    if not convolves(images, weight):
-        return None
-    return _conv_pool(images.contiguous(), weight, None, scale.contiguous(), pools, False)[0]
+def conv_pools(images: Tensor, weight: Tensor, scale: Tensor, pools: list[tuple[int, int]]) -> list[Tensor]:
+    """:func:`conv_pool` for each (w_pool, s_pool), without gradients."""
+    return (_conv_pool if convolves(images, weight) else _plain)(images.contiguous(), weight, None, scale.contiguous(), pools, False)[0]
 
 
 def classifies(weight: Tensor) -> bool:

@@ -36,14 +36,16 @@ DEFAULTS = {name: parameter.default for name, parameter in PARAMETERS.items()}
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU; ``ValueError`` for a device that is not there."""
+    """``auto`` is CUDA where there is one, else the CPU, in full single precision; ``ValueError`` for a device that is not there."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
         torch.ones(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used ({str(error).splitlines()[0]}); try device='cpu'") from error
+    if chosen.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # PyTorch would round the factors of convolutions to 10 bits; radii are told to 1e-6
     return chosen
 
 
