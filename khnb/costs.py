@@ -309,6 +309,7 @@ def _time_attack(model: dict) -> list[float]:
         network = models.ll_network(learning.initial_filters(replace(conv, conv_epochs=0), datasets.SHAPE[0]), conv.p, head, datasets.SHAPE[-1], 10).eval()
     else:
         network = models.bp_network(K, w, head, *datasets.SHAPE[::2], 10).eval()
+    network.requires_grad_(False)
     size = training.part_size(network, _sample().test_images)
     images, labels = training.to_float(_sample().test_images[:size]), _sample().test_labels[:size]
     with torch.no_grad():

@@ -105,32 +105,39 @@ class _Sums:
     def add(self, y: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, n: float, share: float) -> None:
         """The plain way: gradients of share * (sum of the cross-entropies) of the classifiers on y^n."""
         a, (heads, classes) = power(y, n), bias.shape
-        logits = (a @ weight.flatten(0, 1).T).view(-1, heads, classes) + bias
-        log_p, rows = logits.log_softmax(2), torch.arange(len(y), device=y.device)
+        slope = self.judge((a @ weight.flatten(0, 1).T).view(-1, heads, classes) + bias, labels, share)
+        self.weight.flatten(0, 1).addmm_(slope.flatten(1).T, a)
+
+    def judge(self, logits: Tensor, labels: Tensor, share: float) -> Tensor:
+        """Add loss, hits and the gradient of the bias; return that of the logits (B, heads, classes)."""
+        log_p, rows = logits.log_softmax(2), torch.arange(len(labels), device=labels.device)
         self.loss -= log_p[rows, :, labels].double().sum(0)
         self.right += (logits.argmax(2) == labels[:, None]).sum(0)
-        gradient = log_p.exp()
-        gradient[rows, :, labels] -= 1
-        gradient *= share
-        self.bias += gradient.sum(0)
-        self.weight.flatten(0, 1).addmm_(gradient.flatten(1).T, a)
+        slope = log_p.exp()
+        slope[rows, :, labels] -= 1
+        slope *= share
+        self.bias += slope.sum(0)
+        return slope
 
 
 class _Together:
-    """Heads with the same pooling, activation function and power. Their weights lie side by side, in one tensor."""
+    """Heads with the same pooling and activation function, and, but on a GPU, the same power. Their weights lie side by side, in one tensor."""
 
-    def __init__(self, heads: list[Head], n: float):
-        self.heads, self.n = heads, n
+    def __init__(self, heads: list[Head], powers: list[float]):
+        self.heads, self.n = heads, powers[0]
         self.weight = torch.stack([head.network.linear.weight.data for head in heads])
         self.bias = torch.stack([head.network.linear.bias.data for head in heads])
         for head, weight, bias in zip(heads, self.weight, self.bias, strict=True):
             head.network.linear.weight.data, head.network.linear.bias.data = weight, bias
-        self.served = native.classifies(self.weight)
+        self.served, self.powers = native.classifies(self.weight), self.weight.new_tensor(powers)
         self.sums = [_Sums.zero(self.weight) for _ in range(torch.get_num_threads() if self.served else 1)]
         self.loss, self.right = torch.zeros_like(self.sums[0].loss), torch.zeros_like(self.sums[0].right)
 
     def add(self, y: Tensor, labels: Tensor, share: float) -> None:
-        if not self.served:
+        if gpu := native.gpu(self.weight):
+            slope = self.sums[0].judge(gpu.logits(y, self.powers, self.weight) + self.bias, labels, share)
+            gpu.gradients(y, self.powers, slope, self.sums[0].weight)
+        elif not self.served:
             self.sums[0].add(y, labels, self.weight, self.bias, self.n, share)
         elif self.n == int(self.n):
             native.classify(y, labels, int(self.n), share, self.weight, self.bias, self.sums)
@@ -248,8 +255,12 @@ def _arrange(heads: list[Head], ways: dict) -> list[tuple[tuple, dict[str, list[
     keys: dict = {}
     for head in heads:
         pool, sigma, n = ways[head]
-        keys.setdefault(pool, {}).setdefault(sigma, {}).setdefault(n, []).append(head)
-    return [(pool, {sigma: [_Together(of, n) for n, of in by_n.items()] for sigma, by_n in by_sigma.items()}) for pool, by_sigma in keys.items()]
+        each = None if native.gpu(head.network.linear.weight) else n
+        keys.setdefault(pool, {}).setdefault(sigma, {}).setdefault(each, []).append(head)
+    return [
+        (pool, {sigma: [_Together(of, [ways[head][2] for head in of]) for of in by_n.values()] for sigma, by_n in by_sigma.items()})
+        for pool, by_sigma in keys.items()
+    ]
 
 
 def _activated(x: Tensor, sigma: str, room: Tensor) -> Tensor:

@@ -100,15 +100,18 @@ def _changes(weight, patches, scales, m, delta, p, by_q):
     over patches are products with the matrix g of eq. 4.6, so their order, and so the result, is the same every time.
     """
     activity = torch.matmul(synapses(weight, p), patches.T)  # ..., F, N
-    score = activity
-    if by_q:
-        size = weight.abs().pow(p).sum(-1, keepdim=True)  # <W, W> = sum |W|^p
-        score = activity / torch.where(size > 0, size, 1).pow((p - 1) / p)
+    score = activity / _sizes(weight, p) if by_q else activity
     winner, inhibited = rank(score, m)
     scales = scales.unsqueeze(-2)
     g = torch.zeros_like(activity).scatter_(-2, winner.unsqueeze(-2), scales)
     g.scatter_(-2, inhibited.unsqueeze(-2), -delta * scales)
     return torch.matmul(g, patches) - (g * activity).sum(-1, keepdim=True) * weight, winner
+
+
+def _sizes(weight, p):
+    """By what activities are divided to be ranked by Q (eq. 4.4): (..., F, 1), from weight (..., F, D)."""
+    size = weight.abs().pow(p).sum(-1, keepdim=True)  # <W, W> = sum |W|^p
+    return torch.where(size > 0, size, 1).pow((p - 1) / p)
 
 
 def is_feature(weight: Tensor, p: float, tol: float = 1e-6) -> Tensor:
@@ -271,14 +274,20 @@ class _Stack:
             run.weight, run.wins = weight, wins
         self.delta, self.p = (self._column([getattr(s, name) for s in self.settings]) for name in ("delta", "p"))
         self.eta, self.m = self._column([run.eta for run in runs]), [s.m for s in self.settings]
+        self.ranks = torch.tensor(self.m, dtype=torch.int32, device=self.weight.device)
 
     def _column(self, values: list) -> Tensor:
         return self.weight.new_tensor(values)[:, None, None]
 
     def update(self, v: Tensor, scales: dict[float, Tensor]) -> None:
         """One minibatch: patches v (N, D), and 1 / p-norm of each (N,) for each p."""
-        s = self.settings[0]
-        change, winner = _changes(self.weight, v, torch.stack([scales[s.p] for s in self.settings]), self.m, self.delta, self.p, s.conv_rank == "Q")
+        s, scales, gpu = self.settings[0], torch.stack([scales[s.p] for s in self.settings]), native.gpu(self.weight)
+        by_q = s.conv_rank == "Q"
+        if gpu and self.weight.shape[1] <= gpu.NEURONS:
+            sizes = _sizes(self.weight, self.p) if by_q else self.weight.new_ones(self.weight.shape[:2])
+            change, winner = gpu.changes(self.weight, synapses(self.weight, self.p).contiguous(), sizes.contiguous(), v, scales, self.ranks, self.delta.flatten())
+        else:
+            change, winner = _changes(self.weight, v, scales, self.m, self.delta, self.p, by_q)
         most = change.abs().amax((1, 2), keepdim=True).clamp_min(1e-30) if s.conv_scale == "max" else float(len(v))
         self.weight += change * (self.eta / most)
         self.wins.scatter_add_(1, winner, torch.ones_like(winner))

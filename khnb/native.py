@@ -1,4 +1,4 @@
-"""The little C there is, compiled on first use where a C compiler is at hand.
+"""The little C there is, compiled on first use where a C compiler is at hand, and the way to the kernels of a GPU (``kernels_gpu.py``).
 
 ``kernels.c`` is compiled once a machine (about a second) into the user's cache. Where that cannot be done, on a GPU, or where
 ``KHNB_NATIVE=0`` is set, a plain PyTorch path is taken, with equal results: here, or by the caller where a function says whether it serves.
@@ -84,6 +84,20 @@ def _sizes() -> tuple[int, int, int]:
     return tuple(found.tolist())
 
 
+@functools.cache
+def _gpu():
+    try:
+        from khnb import kernels_gpu
+    except ImportError:  # Triton comes with PyTorch for CUDA, not with others
+        return None
+    return None if os.environ.get("KHNB_NATIVE") == "0" else kernels_gpu
+
+
+def gpu(tensor: Tensor):
+    """The module :mod:`khnb.kernels_gpu` where it serves this tensor, float32 on a GPU, else ``None``."""
+    return _gpu() if tensor.device.type == "cuda" and tensor.dtype == torch.float32 else None
+
+
 def learns(images: Tensor, m: int, p: float) -> bool:
     """Whether :func:`gather` and :func:`learn` serve these images (uint8 on the CPU), this rank (at most 8) and order (whole)."""
     fits = images.device.type == "cpu" and images.dtype == torch.uint8 and images.is_contiguous() and p == int(p)
@@ -152,6 +166,15 @@ def _pointers(tensors) -> ctypes.Array:
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
+def _convolver(images: Tensor, weight: Tensor):
+    """What makes convolution and pooling of these: (images, weight, bias, scale, pools, places) -> pooled activities of each pooling, and where those
+    of the first were, if ``places``."""
+    if convolves(images, weight):
+        return _conv_pool
+    kernels = gpu(images) if len(images) and weight.dtype == torch.float32 else None
+    return kernels.conv_pool if kernels else _plain
+
+
 def _conv_pool(images, weight, bias, scale, pools, places: bool):
     """The kernel for all filters, as many at a time as keep the rows of one image in the processor's cache."""
     count, channels, height, width = images.shape
@@ -199,7 +222,7 @@ class _ConvPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, weight, bias, scale, w_pool, s_pool):
         ctx.served = convolves(images, weight)
-        (out,), where = (_conv_pool if ctx.served else _plain)(images, weight, bias, scale, [(w_pool, s_pool)], any(ctx.needs_input_grad))
+        (out,), where = _convolver(images, weight)(images, weight, bias, scale, [(w_pool, s_pool)], any(ctx.needs_input_grad))
         ctx.save_for_backward(images, weight, scale, where, out)
         return out
 
@@ -270,7 +293,7 @@ def conv_pool(images: Tensor, weight: Tensor, bias: Tensor | None, w_pool: int, 
 
 def conv_pools(images: Tensor, weight: Tensor, scale: Tensor, pools: list[tuple[int, int]]) -> list[Tensor]:
     """:func:`conv_pool` for each (w_pool, s_pool), without gradients."""
-    return (_conv_pool if convolves(images, weight) else _plain)(images.contiguous(), weight, None, scale.contiguous(), pools, False)[0]
+    return _convolver(images, weight)(images.contiguous(), weight.contiguous(), None, scale.contiguous(), pools, False)[0]
 
 
 def classifies(weight: Tensor) -> bool:

@@ -433,7 +433,7 @@ def models_of(run: Run, parameters: dict) -> dict[str, dict]:
 
 
 def network(record: dict, store: Store | None = None, side: int = 32) -> models.Network:
-    """The trained network of a model record, in eval mode on the CPU."""
+    """The trained network of a model record, in eval mode on the CPU, its weights fixed: an attack would else find their gradients as well."""
     store = store or Store()
     arrays = {name: torch.from_numpy(value) for name, value in store.arrays(record).items()}
     asked, head = record["asked"], HeadSettings.of(record["asked"])
@@ -445,7 +445,7 @@ def network(record: dict, store: Store | None = None, side: int = 32) -> models.
     else:
         model = models.bp_network(asked["K"], asked["w"], head, arrays["conv_weight"].shape[1], side, classes)
     model.load_state_dict({name.replace("_", ".", 1): value for name, value in arrays.items()})
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def filters(record: dict, store: Store) -> np.ndarray:

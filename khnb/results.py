@@ -58,7 +58,8 @@ def code_version() -> dict:
     digest = hashlib.sha256()
     for name in COMPUTING:
         digest.update((folder / f"{name}.py").read_bytes())
-    digest.update((folder / "kernels.c").read_bytes())
+    for name in ("kernels.c", "kernels_gpu.py"):
+        digest.update((folder / name).read_bytes())
 
     def git(*words):
         try:

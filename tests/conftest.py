@@ -10,6 +10,9 @@ import torch
 import khnb.data
 from pages import page_of
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is first imported, by tests/test_gpu.py
+
 # What the tests compute is small: more threads bring nothing, and wait for each other where the machine has other work.
 torch.set_num_threads(1)
 
