@@ -181,10 +181,10 @@ Beside the grids there are lists of models that a chapter looks at closely, most
 
 ## On one GPU
 
-An estimate from shapes for a GPU of the H100 class; **not run on a GPU**. For each group of models, the largest of the times that operations, bytes and kernel launches take, at 60% of 67 TFLOP/s
-and of 3.35 TB/s, and 5 µs a launch. `sweeps/README.md` has the arithmetic.
+An estimate from shapes for a GPU of the H100 class; **not run on a GPU**. For each group of models, the largest of the times that operations, bytes from memory and from the cache, and
+launches take, at 60% of what such a GPU can do, and 5 µs a launch. `sweeps/README.md` has the arithmetic, and says how bytes and launches were counted.
 
-{tables.markdown(gpu, formats={"Pflop": ",.0f", "TB moved": ",.0f", "million launches": ",.1f", "hours": ".2f"})}
+{tables.markdown(gpu, formats=costs.GPU_FORMATS)}
 """
 
 

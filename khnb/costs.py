@@ -39,13 +39,17 @@ PACKED = 0.93  # share of its size that an array of float32 keeps when it is com
 
 @dataclass
 class Cost:
-    """``flop`` and ``moved`` (bytes to and from memory, on a GPU), ``disk`` bytes, and ``gib`` of memory."""
+    """Operations that are needed, ``disk`` bytes, and ``gib`` of memory; and what a GPU does: operations in float32 and on tensor cores (with what is
+    done for nothing, where kernels fill up their blocks), bytes to and from memory and its cache, and launches."""
 
     flop: float = 0.0
-    moved: float = 0.0
-    launches: float = 0.0
     disk: float = 0.0
     gib: float = 1.0
+    plain: float = 0.0
+    tensor: float = 0.0
+    moved: float = 0.0
+    cached: float = 0.0
+    launches: float = 0.0
 
 
 def _patches(group, conv: ConvSettings) -> float:
@@ -113,57 +117,92 @@ def looks(model: dict, attacks: list[dict], audited: int = 0) -> tuple[float, fl
 
 
 def of(group, memory: float = 4.0) -> Cost:
-    """Operations and bytes of a group; ``moved`` and ``launches`` are those of the plain PyTorch path on a GPU.
+    """What a group costs.
 
-    Counted are: of a KH update the products of filters with patches and of their changes; of classifiers both products and the passes over features;
-    of convolutions 2 operations for each weight and place, and in training twice as many again; not what is proportional to fewer.
+    Operations are: of a KH update the products of filters with patches and of their changes; of classifiers both products; of convolutions 2
+    for each weight and place, and as many again for each gradient; not what is proportional to fewer. What a GPU does is said of the kernels for
+    it and of PyTorch's operations around them, each of which reads and writes what it works on (tests count these).
     """
     images, body, cost = sweeps.IMAGES[group.data], group.body, Cost()
     channels, classes = datasets.SHAPE[0], len(datasets.CLASSES)
     if group.kind in ("layers", "probes"):
-        seeds, updates = body.get("seeds", 1), 0.0
-        for conv in (ConvSettings(**conv) for conv in body["convs"]):
+        seeds, convs = body.get("seeds", 1), [ConvSettings(**conv) for conv in body["convs"]]
+        for conv in convs:
             F, D, patches = conv.K**2, channels * conv.w**2, _patches(group, conv) * seeds
+            block, wide = min(64, 2**14 // _power_of_two(F)), _up(F, 64)  # of kernels_gpu.changes
             cost.flop += 4 * F * D * patches
-            cost.moved += (2 * conv.m + 8) * F * 4 * patches  # activities: ranks by rounds of max, g, two products
-            updates = max(updates, patches / seeds / conv.conv_batch)
+            cost.tensor += 2 * (_power_of_two(F) + wide) * D * patches
+            cost.cached += 4 * D * (F / block + wide / 64) * patches
+            cost.moved += (80 * F * D / conv.conv_batch + 32) * patches
             cost.disk += BYTES["layer"] + F * D * (4 + 2 * len(body.get("snapshots", []))) * PACKED + 230 * conv.conv_epochs
-        cost.launches = 40 * updates
+        orders, patches = len({conv.p for conv in convs}), max(_patches(group, conv) for conv in convs)
+        cost.moved += (22 + 4 * orders) * channels * convs[0].w ** 2 * patches  # gathered, scaled
+        cost.launches = (27 + 9 * orders) * max(_patches(group, conv) / conv.conv_batch for conv in convs)
         return cost
     if group.kind == "heads":
-        conv, epochs = ConvSettings(**body["conv"]), max(head["head_epochs"] for head in body["heads"])
-        passes, D = _kept(group, memory), channels * conv.w**2
-        passes = passes + (1 - passes) * epochs + images["test"] / images["train"]
-        cost.flop += 2 * conv.K**2 * D * _side(conv.w) ** 2 * images["train"] * passes
-        cost.moved += 3 * 4 * conv.K**2 * _side(conv.w) ** 2 * images["train"] * passes
-        for head in (HeadSettings(**head) for head in body["heads"]):
+        conv, heads, kept = ConvSettings(**body["conv"]), [HeadSettings(**head) for head in body["heads"]], getattr(torch, body["feature_dtype"]).itemsize
+        epochs, share, D = max(head.head_epochs for head in heads), _kept(group, memory), channels * conv.w**2
+        passes = images["train"] * (share + (1 - share) * epochs) + images["test"]
+        cost.flop += 2 * conv.K**2 * D * _side(conv.w) ** 2 * passes
+        for head in {(head.w_pool, head.s_pool): head for head in heads}.values():  # each pooling has a convolution of its own
+            _pooled(cost, conv.K, conv.w, head, passes)
+            cost.moved += (8 + kept) * _features(conv.K, conv.w, head) * passes
+        for head in {(head.w_pool, head.s_pool, head.sigma): head for head in heads}.values():  # taken, raised to float32, activated; read twice
+            seen = images["train"] * head.head_epochs
+            cost.moved += (3 * kept + 20) * _features(conv.K, conv.w, head) * seen
+            cost.launches += 36 * seen / head.head_batch
+        for head in heads:
             size, seen = _features(conv.K, conv.w, head), images["train"] * head.head_epochs
             cost.flop += 4 * classes * size * seen
-            cost.moved += 14 * size * seen + 7 * 4 * classes * size * seen / head.head_batch  # features read, raised, used twice; AdamW
-            cost.launches += 12 * seen / head.head_batch
+            cost.tensor += 4 * _up(classes, 16) * size * seen
+            cost.cached += 8 * size * seen
+            cost.moved += 40 * classes * size * seen / head.head_batch  # AdamW
+            cost.launches += 3 * seen / head.head_batch
             cost.disk += BYTES["model"] + (classes * size + conv.K**2 * D) * 4 * PACKED
-        heads = sum(sweeps._head_bytes(conv, HeadSettings(**head)) for head in body["heads"])
-        cost.gib = 0.8 + heads / 2**30 + min(memory, _activities(group) / 2**30)
+        held = sum(sweeps._head_bytes(conv, head) for head in heads)
+        cost.gib = 0.8 + held / 2**30 + min(memory, _activities(group) / 2**30)
         return cost
     if group.kind == "bp":
         for _, K, w, head in map(_shape, body["models"]):
             places, size, seen = K**2 * _side(w) ** 2, _features(K, w, head), images["train"] * head.head_epochs
+            weights = classes * size + K**2 * channels * w**2
             cost.flop += (4 * channels * w**2 * places + 6 * classes * size) * seen
-            cost.moved += (4 * 4 * places + 30 * size) * seen  # activities written, pooled, and the same of their gradients
+            cost.plain += (2 * channels * w**2 * places + 6 * classes * size) * seen
+            _pooled(cost, K, w, head, seen)
+            cost.moved += (8 * places + 96 * size + 28 * weights / head.head_batch) * seen
             cost.launches += 60 * seen / head.head_batch
-            cost.disk += BYTES["model"] + (classes * size + K**2 * channels * w**2) * 4 * PACKED
+            cost.disk += BYTES["model"] + weights * 4 * PACKED
         return cost
     for model, attacks in zip(body["models"], body["attacks"], strict=True):
-        _, K, w, head = _shape(model)
+        kind, K, w, head = _shape(model)
         places, size = K**2 * _side(w) ** 2, _features(K, w, head)
         forwards, gradients = (images["test"] * count for count in looks(model, attacks, body["audited"]))
         cost.flop += (2 * channels * w**2 * places + 2 * classes * size) * (forwards + 2 * gradients)
-        cost.moved += (4 * 4 * places + 12 * size) * (forwards + 3 * gradients)
+        cost.plain += 2 * classes * size * (forwards + 2 * gradients) + 2 * channels * w**2 * places * gradients
+        _pooled(cost, K, w, head, forwards + gradients)
+        cost.moved += 24 * size * forwards + (8 * places + (148 if kind == "LL" else 88) * size) * gradients
+        if kind == "LL":  # norms of patches
+            cost.moved += 20 * math.prod(datasets.SHAPE) * (forwards + 2 * gradients)
         for one in attacks:
             count = images["test"] * outcome(model, one["confidence"])[0]
             cost.disk += BYTES["attack"] + count * 8
-        cost.launches += 60 * (forwards + gradients) / 1000  # of a thousand images at a time
+        cost.launches += (40 * forwards + 60 * gradients) / 1000  # of a thousand images at a time
     return cost
+
+
+def _pooled(cost: Cost, K: int, w: int, head: HeadSettings, images: float) -> None:
+    """What kernels_gpu.conv_pool does: activities are written to the cache and read from there, first by the block, then by the window."""
+    places, near = K**2 * _side(w) ** 2, 5  # the first cache of a processor is about so many times faster than the one they share
+    cost.tensor += 2 * datasets.SHAPE[0] * w**2 * _up(K**2, 16) / K**2 * places * images
+    cost.cached += (8 * places + 4 * head.w_pool**2 * _features(K, w, head) / near) * images
+
+
+def _up(count: int, block: int) -> int:
+    return -(-count // block) * block
+
+
+def _power_of_two(count: int) -> int:
+    return max(16, 1 << (count - 1).bit_length())
 
 
 def _shape(model: dict) -> tuple[str, int, int, HeadSettings]:
@@ -340,7 +379,9 @@ class Card:
 
     name: str = "H100-class"
     flops: float = 67e12  # float32 without tensor cores, in a second
+    tensor: float = 495e12 / 3  # on tensor cores, as three products of TF32
     bandwidth: float = 3.35e12  # bytes in a second
+    cache: float = 5.5e12  # the same, of the cache that all processors share
     launch: float = 5e-6  # seconds between two small operations
     reached: float = 0.6
     gib: float = 80.0
@@ -356,20 +397,24 @@ PARTS = (
 
 
 def on_gpu(group, card: Card | None = None) -> float:
-    """Seconds on a GPU: the largest of the times that operations, bytes and launches take. An estimate from shapes: not run on a GPU."""
+    """Seconds on a GPU: the largest of the times that operations, bytes from memory and cache, and launches take. An estimate from shapes: not run on a GPU."""
     card = card or Card()
     return _slowest(of(group, memory=0.8 * card.gib), card)
 
 
 def _slowest(cost: Cost, card: Card) -> float:
-    return max(cost.flop / (card.flops * card.reached), cost.moved / (card.bandwidth * card.reached), cost.launches * card.launch)
+    computing = cost.plain / card.flops + cost.tensor / card.tensor
+    return max(computing / card.reached, cost.moved / card.bandwidth / card.reached, cost.cached / card.cache / card.reached, cost.launches * card.launch)
+
+
+GPU_FORMATS = {"Pflop": ",.0f", "TB moved": ",.0f", "TB of cache": ",.0f", "million launches": ",.1f", "hours": ".2f"}
 
 
 def thesis_on_gpu(card: Card | None = None) -> list[dict]:
     """A row for each part of the thesis: layers, models, attacks, operations, bytes, launches, and hours on one GPU."""
     rows, card = [], card or Card()
     for name, grid, passing, whole in PARTS:
-        row = {"part": name, "layers": 0, "models": 0, "attacks": 0, "Pflop": 0.0, "TB moved": 0.0, "million launches": 0.0, "hours": 0.0}
+        row = {"part": name, "layers": 0, "models": 0, "attacks": 0, "Pflop": 0.0, "TB moved": 0.0, "TB of cache": 0.0, "million launches": 0.0, "hours": 0.0}
         grids = grid + {"E19": "+E21+E22", "E20": "+E21+E22"}.get(grid, "")
         for group in sweeps.groups(grids, "thesis", card.gib * 2**30):
             if grid in ("E19", "E20") and group.bp != (grid == "E20"):
@@ -379,6 +424,7 @@ def thesis_on_gpu(card: Card | None = None) -> list[dict]:
             row[dict(layers="layers", heads="models", bp="models", attacks="attacks")[group.kind]] += round(group.count * (1 if group.kind == "layers" else share))
             row["Pflop"] += share * cost.flop / 1e15
             row["TB moved"] += share * cost.moved / 1e12
+            row["TB of cache"] += share * cost.cached / 1e12
             row["million launches"] += share * cost.launches / 1e6
             row["hours"] += share * _slowest(cost, card) / 3600
         rows.append(row)
@@ -413,4 +459,4 @@ def schedule(groups: list, times: dict[str, float], workers: int, done: set[str]
 if __name__ == "__main__":
     from khnb import tables
 
-    print(tables.markdown(thesis_on_gpu(), formats={"Pflop": ",.0f", "TB moved": ",.0f", "million launches": ",.1f", "hours": ".2f"}))
+    print(tables.markdown(thesis_on_gpu(), formats=GPU_FORMATS))

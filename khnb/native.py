@@ -221,7 +221,7 @@ class _ConvPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, images, weight, bias, scale, w_pool, s_pool):
-        ctx.served = convolves(images, weight)
+        ctx.served, ctx.pool = convolves(images, weight), (w_pool, s_pool)
         (out,), where = _convolver(images, weight)(images, weight, bias, scale, [(w_pool, s_pool)], any(ctx.needs_input_grad))
         ctx.save_for_backward(images, weight, scale, where, out)
         return out
@@ -229,24 +229,26 @@ class _ConvPool(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        saved = (*ctx.saved_tensors, grad.contiguous(), *ctx.needs_input_grad[:4])
+        saved = (*ctx.saved_tensors, grad.contiguous(), ctx.pool, *ctx.needs_input_grad[:4])
         return *(_ConvPool._native if ctx.served else _ConvPool._plain)(*saved), None, None
 
     @staticmethod
-    def _plain(images, weight, scale, where, out, grad, of_images, of_weight, of_bias, of_scale):
-        count, filters, side, across = len(images), len(weight), images.shape[2] - weight.shape[2] + 1, images.shape[3] - weight.shape[3] + 1
-        slope, flat = None, where.flatten(1)
+    def _plain(images, weight, scale, where, out, grad, pool, of_images, of_weight, of_bias, of_scale):
+        w, slope, flat = weight.shape[-1], None, where.flatten(1)
         dbias = grad.sum((0, 2, 3)) if of_bias else None
         if scale is not None:
             if of_scale:
                 slope = torch.zeros_like(scale).flatten(1).scatter_add_(1, flat, (grad * out).flatten(1)).view_as(scale) / scale
-            grad = grad.flatten(1) * scale.flatten(1).gather(1, flat)
-        dense = grad.new_zeros(count, filters, side * across).scatter_add_(2, where.flatten(2), grad.view(count, filters, -1)).view(count, filters, side, across)
+            grad = grad * scale.flatten(1).gather(1, flat).view_as(grad)
+        shape = len(images), len(weight), images.shape[2] - w + 1, images.shape[3] - w + 1
+        sides = [[side, side] for side in (*pool, 0, 1)]  # window, stride, padding, dilation
+        # the activities are asked for, and not looked at
+        dense = torch.ops.aten.max_pool2d_with_indices_backward(grad, grad.new_empty(shape), *sides, False, where)
         found = conv2d_input(images.shape, weight, dense) if of_images else None
         return found, conv2d_weight(images, weight.shape, dense) if of_weight else None, dbias, slope
 
     @staticmethod
-    def _native(images, weight, scale, where, out, grad, of_images, of_weight, of_bias, of_scale):
+    def _native(images, weight, scale, where, out, grad, pool, of_images, of_weight, of_bias, of_scale):
         count, channels, height, width = images.shape
         filters, w = len(weight), weight.shape[-1]
         found = torch.zeros_like(images) if of_images else None

@@ -61,7 +61,7 @@ def train(model: Network, images: Tensor, labels: Tensor, state: dict | None = N
     Raises ``FloatingPointError`` naming the epoch when the loss stops being finite.
     """
     head, device = model.head, model.linear.weight.device
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=head.head_eta0)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=head.head_eta0, fused=device.type == "cuda")
     history: list[dict] = []
     if state:
         model.load_state_dict(state["model"])

@@ -1,5 +1,6 @@
 """The kernels of a GPU: on it where there is one, else in Triton's interpreter, and compiled for one that is not here."""
 
+import math
 import os
 import subprocess
 import sys
@@ -8,8 +9,11 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
-from khnb import learning, models, native
+from khnb import attacks, costs, learning, models, native, sweeps, training
+from khnb import heads as heads_module
 from khnb.heads import Head, train_heads
 from khnb.patches import scales
 from khnb.settings import ConvSettings, HeadSettings
@@ -159,6 +163,126 @@ class TestClassifiers:
             assert [row["accuracy"] for row in one.history] == [row["accuracy"] for row in plain.history]
             torch.testing.assert_close([row["loss"] for row in one.history], [row["loss"] for row in plain.history], rtol=1e-5, atol=0)
             torch.testing.assert_close(one.network.linear.weight, plain.network.linear.weight, atol=1e-5, rtol=1e-4)
+
+
+class Counted(TorchDispatchMode):
+    """Launches, and bytes read and written, of what PyTorch does on tensors; of the kernels as well, when they are called through :meth:`through`."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = self.bytes = 0
+
+    def through(self, call, kernels):
+        def counted(*given):
+            with _disable_current_modes():  # the interpreter copies tensors about
+                found = call(*given)
+            self.launches += kernels
+            self.bytes += sum(map(_bytes, (x for x in tree_leaves((given, found)) if isinstance(x, torch.Tensor))))
+            return found
+
+        return counted
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        into, outof = ([x for x in tree_leaves(each) if isinstance(x, torch.Tensor)] for each in ((args, kwargs), out))
+        if func.is_view or func.namespace == "profiler" or name in ("empty", "empty_like", "new_empty", "_local_scalar_dense", "_unsafe_view", "detach", "lift_fresh"):
+            return out
+        self.launches += 1
+        if name == "max_pool2d_with_indices_backward":
+            into = [into[0], into[2]]  # the activities are not looked at
+        read = sum({(x.data_ptr(), x.shape): _bytes(x) for x in into}.values())
+        if "scatter" in name or name.startswith("index_put") or name.startswith("zero") or name.startswith("ones") or name.startswith("new_"):
+            read = sum(map(_bytes, into[1:]))
+            self.bytes += read + (2 * min(map(_bytes, into[1:])) if read else _bytes(outof[0]))  # of the whole only what is written to
+        elif name in ("index", "index_select", "gather"):
+            self.bytes += sum(map(_bytes, into[1:])) + 2 * _bytes(outof[0])
+        else:
+            self.bytes += read + sum(map(_bytes, outof))
+        return out
+
+
+def _bytes(x: torch.Tensor) -> int:
+    return x.element_size() * math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
+
+
+@pytest.mark.slow
+class TestCosts:
+    """What :mod:`khnb.costs` says of a GPU is what the code does on one, counted where the kernels are interpreted: small groups, and what a further epoch or image adds."""
+
+    @pytest.fixture
+    def count(self, gpu, monkeypatch):
+        monkeypatch.setattr(native, "gpu", lambda tensor: gpu)
+        for name in ("learns", "convolves", "classifies"):
+            monkeypatch.setattr(native, name, lambda *given: False)
+        monkeypatch.setattr(models, "power", lambda y, n: y if n == 1 else y.pow(n))  # as on a GPU
+        monkeypatch.setattr(heads_module, "PART", 2**30)
+        monkeypatch.setattr(training, "part_size", lambda model, images: 1000)
+
+        def counted(do):
+            with pytest.MonkeyPatch.context() as patch, Counted() as found:
+                for name, kernels in dict(changes=2, conv_pool=1, logits=1, gradients=1).items():
+                    patch.setattr(gpu, name, found.through(getattr(gpu, name), kernels))
+                do()
+            return found
+
+        return counted
+
+    def agree(self, found, less, more, fewer, within=1.2):
+        """What was counted with more of something and with less, and what is told of both."""
+        for name, counted, told in (("bytes", found.bytes - less.bytes, more.moved - fewer.moved), ("launches", found.launches - less.launches, more.launches - fewer.launches)):
+            assert 1 / within < told / counted < within, (name, counted, told)
+
+    def images(self, monkeypatch, train, test=0):
+        monkeypatch.setitem(sweeps.IMAGES, "cifar10-sample", dict(train=train, test=test))
+
+    @pytest.mark.parametrize("orders", [[2.0], [2.0, 3.0, 4.0]])
+    def test_layers(self, orders, sample, count, monkeypatch):
+        convs, found, told = [ConvSettings(K=10, w=4, m=m, p=p, conv_epochs=1, conv_batch=400) for m in (2, 3) for p in orders], [], []
+        for images in (2, 1):
+            self.images(monkeypatch, images)
+            found.append(count(lambda images=images: learning.train_layers(sample.train_images[:images], convs)))
+            told.append(costs.of(sweeps.Group("layers", "cifar10-sample", dict(convs=[conv.dict() for conv in convs]))))
+        self.agree(*found, *told)
+
+    def test_classifiers(self, sample, count, monkeypatch):
+        self.images(monkeypatch, 16)
+        conv, weight, found, told = ConvSettings(K=3, w=8), torch.rand(9, 3, 8, 8), [], []
+        for epochs in (2, 1):
+            heads = [HeadSettings(sigma=sigma, n=n, w_pool=w_pool, head_epochs=epochs, head_batch=8) for sigma in ("relu", "elu") for n in (1, 2) for w_pool in (9, 11)]
+            ready = [Head(models.ll_network(weight, conv.p, head, 32, 10).eval()) for head in heads]
+            found.append(count(lambda ready=ready: train_heads(ready, sample.train_images[:16], sample.train_labels[:16], torch.float16)))
+            told.append(costs.of(sweeps.Group("heads", "cifar10-sample", dict(conv=conv.dict(), heads=[head.dict() for head in heads], feature_dtype="float16"))))
+        self.agree(*found, *told)
+
+    @pytest.mark.parametrize("what", ["bytes of images", "launches of minibatches"])
+    def test_bp_models(self, what, sample, count, monkeypatch):
+        head, found, told = HeadSettings(sigma="elu", n=4, w_pool=9, head_epochs=1, head_batch=2 if what.startswith("launches") else 1000), [], []
+        for images in (4, 2):
+            self.images(monkeypatch, images)
+            model = models.bp_network(10, 8, head, 3, 32, 10)
+            found.append(count(lambda model=model, images=images: training.train(model, sample.train_images[:images], sample.train_labels[:images])))
+            told.append(costs.of(sweeps.Group("bp", "cifar10-sample", dict(models=[dict(K=10, w=8, head=head.dict())]))))
+        name, theirs = ("bytes", "moved") if what.startswith("bytes") else ("launches", "launches")
+        counted, told = (getattr(pair[0], key) - getattr(pair[1], key) for pair, key in ((found, name), (told, theirs)))
+        assert 1 / 1.2 < told / counted < 1.2, (counted, told)
+
+    @pytest.mark.parametrize("kind", ["LL", "BP"])
+    def test_attacks(self, kind, sample, count, monkeypatch):
+        head = HeadSettings(sigma="elu", n=4, w_pool=9)
+        model = (models.ll_network(torch.rand(100, 3, 8, 8), 3, head, 32, 10) if kind == "LL" else models.bp_network(10, 8, head, 3, 32, 10)).eval().requires_grad_(False)
+        described = dict(K=10, w=8, head=head.dict()) if kind == "BP" else dict(conv=ConvSettings(K=10, w=8).dict(), head=head.dict())
+        for forwards, gradients, do in ((1, 0, lambda x, y: model(x)), (0, 1, lambda x, y: attacks.gradient(model, x, y))):
+            monkeypatch.setattr(costs, "looks", lambda *given, found=(forwards, gradients): found)
+            found, told = [], []
+            for images in (2, 1):
+                self.images(monkeypatch, 0, images)
+                x, y = sample.test_images[:images].float() / 255, sample.test_labels[:images]
+                with torch.no_grad():
+                    found.append(count(lambda x=x, y=y, do=do: do(x, y)))
+                told.append(costs.of(sweeps.Group("attacks", "cifar10-sample", dict(models=[described], attacks=[[]], audited=0))))
+            counted, told = found[0].bytes - found[1].bytes, told[0].moved - told[1].moved
+            assert 1 / 1.2 < told / counted < 1.2, (forwards, counted, told)
 
 
 def test_where_they_serve(gpu):

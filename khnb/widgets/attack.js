@@ -87,7 +87,7 @@ export function makeNetwork(header, packed) {
   }
 
   function pool(f, map) {
-    if (p) for (let at = 0; at < places; at++) map[at] /= norms[at];
+    if (p) for (let at = 0; at < places; at++) map[at] *= 1 / norms[at]; // as the library does, to the last bit: where activities are equal rounding picks the place
     for (let y = 0, k = f * pooledPlaces; y < pooledAcross; y++) {
       for (let z = 0; z < pooledAcross; z++, k++) {
         let best = -Infinity, place = 0;
