@@ -2,9 +2,11 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from khnb.patches import scales
 from khnb.settings import ConvSettings, HeadSettings
 
 pytest.importorskip("triton", reason="Triton is not here: it comes with PyTorch for CUDA")
+ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -320,3 +323,10 @@ def test_they_compile_for_a_gpu_that_is_not_here():
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 6
+
+
+def test_the_benchmark_runs():
+    """On the CPU, at tiny shapes: to be ready where there is a GPU."""
+    done = subprocess.run([sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--small"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(re.findall(r"^\| (?:9 KH layers|4 classifiers|BP model|LL forward|LL gradient), K=3 w=8 \|", done.stdout, re.M)) == 5
