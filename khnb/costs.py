@@ -167,8 +167,11 @@ def of(group, memory: float = 4.0) -> Cost:
             places, size, seen = K**2 * _side(w) ** 2, _features(K, w, head), images["train"] * head.head_epochs
             weights = classes * size + K**2 * channels * w**2
             cost.flop += (4 * channels * w**2 * places + 6 * classes * size) * seen
-            cost.plain += (2 * channels * w**2 * places + 6 * classes * size) * seen
+            cost.plain += 6 * classes * size * seen
             _pooled(cost, K, w, head, seen)
+            wide, deep = _up(K**2, 64), _up(channels * w**2, 64)  # of kernels_gpu.filters_gradient
+            cost.tensor += 2 * wide * deep * _side(w) ** 2 * seen
+            cost.cached += 4 * places * deep / 64 * seen
             cost.moved += (8 * places + 96 * size + 28 * weights / head.head_batch) * seen
             cost.launches += 60 * seen / head.head_batch
             cost.disk += BYTES["model"] + weights * 4 * PACKED

@@ -144,6 +144,34 @@ def conv_pool(images: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor
     return found, where
 
 
+@triton.jit
+def _filters(images, slope, partial, count, filters, C, H, W, w, side, across, BF: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+    """Of BF filters and BD weights of each: the products of the slopes of activities with the patches they are of, over every so-manieth image."""
+    f, d, part = tl.program_id(0) * BF + tl.arange(0, BF), tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2)
+    places, D = side * across, C * w * w
+    away = d // (w * w) * H * W + d // w % w * W + d % w
+    total = tl.zeros((BF, BD), tl.float32)
+    for b in range(part, count, tl.num_programs(2)):
+        of, at = slope + (b * filters + f).to(tl.int64)[:, None] * places, images + b * C * H * W
+        for start in range(0, places, BN):
+            n = start + tl.arange(0, BN)
+            g = tl.load(of + n[None, :], mask=(f[:, None] < filters) & (n[None, :] < places), other=0.0)
+            corner = n // across * W + n % across
+            x = tl.load(at + corner[:, None] + away[None, :], mask=(n[:, None] < places) & (d[None, :] < D), other=0.0)
+            total = tl.dot(g, x, total, input_precision="tf32x3")
+    tl.store(partial + (part * filters + f)[:, None] * D + d[None, :], total, mask=(f[:, None] < filters) & (d[None, :] < D))
+
+
+def filters_gradient(images: Tensor, slope: Tensor, w: int) -> Tensor:
+    """The gradient (F, C, w, w) of the filters of a convolution of the images (B, C, H, W), from that of its activities (B, F, H-w+1, W-w+1)."""
+    (count, C, H, W), (_, filters, side, across) = images.shape, slope.shape
+    blocks = triton.cdiv(filters, 64), triton.cdiv(C * w * w, 64)
+    parts = max(1, min(count, 2 * _multiprocessors(images.device) // (blocks[0] * blocks[1])))
+    partial = torch.empty(parts, filters, C, w, w, device=images.device)
+    _filters[(*blocks, parts)](images, slope, partial, count, filters, C, H, W, w, side, across, BF=64, BD=64, BN=16)
+    return partial.sum(0)
+
+
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 

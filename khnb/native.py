@@ -244,8 +244,12 @@ class _ConvPool(torch.autograd.Function):
         sides = [[side, side] for side in (*pool, 0, 1)]  # window, stride, padding, dilation
         # the activities are asked for, and not looked at
         dense = torch.ops.aten.max_pool2d_with_indices_backward(grad, grad.new_empty(shape), *sides, False, where)
-        found = conv2d_input(images.shape, weight, dense) if of_images else None
-        return found, conv2d_weight(images, weight.shape, dense) if of_weight else None, dbias, slope
+        found, dweight, kernels = None, None, gpu(images)
+        if of_images:
+            found = conv2d_input(images.shape, weight, dense)
+        if of_weight:
+            dweight = kernels.filters_gradient(images, dense, w) if kernels else conv2d_weight(images, weight.shape, dense)
+        return found, dweight, dbias, slope
 
     @staticmethod
     def _native(images, weight, scale, where, out, grad, pool, of_images, of_weight, of_bias, of_scale):

@@ -36,7 +36,7 @@ def gpu():
 def served(gpu, monkeypatch):
     """The kernels instead of those of the CPU; returns how often each was called."""
     calls = {}
-    for name in ("changes", "conv_pool", "logits", "gradients"):
+    for name in ("changes", "conv_pool", "filters_gradient", "logits", "gradients"):
 
         def counted(*given, name=name, call=getattr(gpu, name)):
             calls[name] = calls.get(name, 0) + 1
@@ -106,6 +106,16 @@ class TestConvolution:
         (found,), _ = gpu.conv_pool(images, torch.ones(1, 1, 3, 3, device=DEVICE), None, None, [(2, 2)], False)
         assert found.isnan().sum() == 1 and found[0, 0, 2, 2].isnan()
 
+    @pytest.mark.parametrize(("channels", "side", "w", "filters", "count"), [(1, 12, 4, 5, 3), (3, 11, 7, 70, 2), (2, 9, 6, 64, 1)])
+    @pytest.mark.parametrize("multiprocessors", [1, 4])
+    def test_gradients_of_filters(self, channels, side, w, filters, count, multiprocessors, gpu, monkeypatch):
+        monkeypatch.setattr(gpu, "_multiprocessors", lambda device: multiprocessors)
+        generator = torch.Generator().manual_seed(0)
+        images, slope = torch.rand(count, channels, side, side, generator=generator), torch.rand(count, filters, side - w + 1, side - w + 1, generator=generator) - 0.5
+        found = gpu.filters_gradient(images.to(DEVICE), slope.to(DEVICE), w).cpu().double()
+        expected = torch.nn.grad.conv2d_weight(images.double(), (filters, channels, w, w), slope.double())
+        torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
+
     @pytest.mark.parametrize("p", [None, 3])
     def test_logits_and_gradients_are_those_of_plain_pytorch(self, p, served, sample, monkeypatch):
         monkeypatch.setattr(native, "convolves", lambda *given: False)
@@ -113,7 +123,7 @@ class TestConvolution:
         weight = torch.rand(9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         for kernels in (True, False):
             if not kernels:
-                assert served["conv_pool"] == 2
+                assert served == dict(conv_pool=2) | (dict(filters_gradient=1) if p is None else {})
                 monkeypatch.setattr(native, "gpu", lambda tensor: None)
             model = (models.bp_network(3, 8, head, 3, 32, 10) if p is None else models.ll_network(weight, p, head, 32, 10)).to(DEVICE)
             x = images.to(DEVICE).requires_grad_()
@@ -224,7 +234,7 @@ class TestCosts:
 
         def counted(do):
             with pytest.MonkeyPatch.context() as patch, Counted() as found:
-                for name, kernels in dict(changes=2, conv_pool=1, logits=1, gradients=1).items():
+                for name, kernels in dict(changes=2, conv_pool=1, filters_gradient=1, logits=1, gradients=1).items():
                     patch.setattr(gpu, name, found.through(getattr(gpu, name), kernels))
                 do()
             return found
@@ -315,6 +325,7 @@ def test_they_compile_for_a_gpu_that_is_not_here():
         numbers = "count filters C H W w side across q step high wide"
         for kind in (dict(BIASED=True, SCALED=False, PLACES=True), dict(BIASED=False, SCALED=True, PLACES=False)):
             made(k._conv_pool, (), numbers, long=("where",), BN=64, BF=16, BD=16, **kind)
+        made(k._filters, (), "count filters C H W w side across", BF=64, BD=64, BN=16)
         made(k._change, ("winner", "inhibited"), "N F D", BN=32, BF=64, BD=64)
         made(k._logits, (), "count heads D classes each", BB=64, BD=32, BC=16)
         made(k._gradient, (), "count heads D classes", BB=32, BD=64, BC=16)
@@ -322,7 +333,7 @@ def test_they_compile_for_a_gpu_that_is_not_here():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 6
+    assert len(done.stdout.splitlines()) == 7
 
 
 def test_the_benchmark_runs():
