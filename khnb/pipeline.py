@@ -595,6 +595,11 @@ def audit(run: Run, attack_record: dict, model_record: dict, images: int = AUDIT
     return run.store.put("audit", asked, run.data, results=results, arrays={}, wall_s=time.perf_counter() - started, device=device)
 
 
+def to_audit(attacks: list[dict]) -> list[dict]:
+    """Of the records of attacks on one model, in the order in which they were asked for, that at whose R it is audited: the last FGSM that has one, if any."""
+    return [each for each in attacks if each["asked"]["attack"] == "fgsm" and each["results"]["fit"]["status"] == "ok"][-1:]
+
+
 def audit_asked(attack: dict, id: str, images: int = AUDITED) -> dict:
     """What the record of an audit says was asked, at the strength of an attack with this ``asked`` and id."""
     return dict(attack, audited=id, images=images)
@@ -768,8 +773,7 @@ def follow(run: Run, models: dict, again: Callable[[list], dict], audited: int =
         told = f"{record['asked']['model']} {record['id']}: accuracy {record['results']['test_accuracy']:.4f}"
         try:
             made = [attack(run, record, **one) for one in attacks]
-            looked_at = [each for each in made if each["asked"]["attack"] == "fgsm" and each["results"]["fit"]["status"] == "ok"][-1:] if audited else []
-            audits = [audit(run, each, record, audited) for each in looked_at]
+            audits = [audit(run, each, record, audited) for each in to_audit(made)] if audited else []
         except NotKept:
             lacking[key] = attacks
             continue

@@ -458,14 +458,15 @@ def made(grid: str, preset: str, store: Store, kind: str = "model") -> list[dict
 
 
 def _missing_attacks(group: Group, store: Store) -> list[tuple[str, dict]]:
-    models, kept, audits, left, last = store.light("model"), store.light("attack"), store.light("audit"), [], {}
+    models, kept, audits, left, found, images = store.light("model"), store.light("attack"), store.light("audit"), [], {}, group.body["audited"]
     for asked, id in _attack_asks(group):
         record, of = kept.get(id), models.get(asked["of"])
         if record is None or of and record["started"] < of["started"]:
             left.append(("attack", asked))
-        elif group.body["audited"] and asked["attack"] == "fgsm" and record["results"]["fit"]["status"] == "ok":
-            last[asked["of"]] = pipeline.audit_asked(asked, id, group.body["audited"])
-    return left + [("audit", asked) for asked in last.values() if record_id("audit", asked, SHA256[group.data]) not in audits]
+        else:
+            found.setdefault(asked["of"], []).append(record)
+    due = [pipeline.audit_asked(one["asked"], one["id"], images) for each in found.values() for one in pipeline.to_audit(each)] if images else []
+    return left + [("audit", asked) for asked in due if record_id("audit", asked, SHA256[group.data]) not in audits]
 
 
 def work(group: Group, run: pipeline.Run, memory: float | None = None) -> list[dict]:
