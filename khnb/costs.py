@@ -185,7 +185,7 @@ def of(group, memory: float = 4.0) -> Cost:
         _pooled(cost, K, w, head, forwards + gradients)
         cost.moved += 24 * size * forwards + (8 * places + (148 if kind == "LL" else 88) * size) * gradients
         if kind == "LL":  # norms of patches
-            cost.moved += 20 * math.prod(datasets.SHAPE) * (forwards + 2 * gradients)
+            cost.moved += 32 * math.prod(datasets.SHAPE) * (forwards + 3.5 * gradients)
         for one in attacks:
             count = images["test"] * outcome(model, one["confidence"])[0]
             cost.disk += BYTES["attack"] + count * 8

@@ -262,7 +262,7 @@ class TestCosts:
         self.images(monkeypatch, 16)
         conv, weight, found, told = ConvSettings(K=3, w=8), torch.rand(9, 3, 8, 8), [], []
         for epochs in (2, 1):
-            heads = [HeadSettings(sigma=sigma, n=n, w_pool=w_pool, head_epochs=epochs, head_batch=8) for sigma in ("relu", "elu") for n in (1, 2) for w_pool in (9, 11)]
+            heads = [HeadSettings(sigma=sigma, n=n, w_pool=11, head_epochs=epochs, head_batch=8) for sigma in ("relu", "elu") for n in (1, 2)]
             ready = [Head(models.ll_network(weight, conv.p, head, 32, 10).eval()) for head in heads]
             found.append(count(lambda ready=ready: train_heads(ready, sample.train_images[:16], sample.train_labels[:16], torch.float16)))
             told.append(costs.of(sweeps.Group("heads", "cifar10-sample", dict(conv=conv.dict(), heads=[head.dict() for head in heads], feature_dtype="float16"))))
@@ -273,9 +273,9 @@ class TestCosts:
         head, found, told = HeadSettings(sigma="elu", n=4, w_pool=9, head_epochs=1, head_batch=2 if what.startswith("launches") else 1000), [], []
         for images in (4, 2):
             self.images(monkeypatch, images)
-            model = models.bp_network(10, 8, head, 3, 32, 10)
+            model = models.bp_network(6, 8, head, 3, 32, 10)
             found.append(count(lambda model=model, images=images: training.train(model, sample.train_images[:images], sample.train_labels[:images])))
-            told.append(costs.of(sweeps.Group("bp", "cifar10-sample", dict(models=[dict(K=10, w=8, head=head.dict())]))))
+            told.append(costs.of(sweeps.Group("bp", "cifar10-sample", dict(models=[dict(K=6, w=8, head=head.dict())]))))
         name, theirs = ("bytes", "moved") if what.startswith("bytes") else ("launches", "launches")
         counted, told = (getattr(pair[0], key) - getattr(pair[1], key) for pair, key in ((found, name), (told, theirs)))
         assert 1 / 1.2 < told / counted < 1.2, (counted, told)
@@ -283,8 +283,8 @@ class TestCosts:
     @pytest.mark.parametrize("kind", ["LL", "BP"])
     def test_attacks(self, kind, sample, count, monkeypatch):
         head = HeadSettings(sigma="elu", n=4, w_pool=9)
-        model = (models.ll_network(torch.rand(100, 3, 8, 8), 3, head, 32, 10) if kind == "LL" else models.bp_network(10, 8, head, 3, 32, 10)).eval().requires_grad_(False)
-        described = dict(K=10, w=8, head=head.dict()) if kind == "BP" else dict(conv=ConvSettings(K=10, w=8).dict(), head=head.dict())
+        model = (models.ll_network(torch.rand(36, 3, 8, 8), 3, head, 32, 10) if kind == "LL" else models.bp_network(6, 8, head, 3, 32, 10)).eval().requires_grad_(False)
+        described = dict(K=6, w=8, head=head.dict()) if kind == "BP" else dict(conv=ConvSettings(K=6, w=8).dict(), head=head.dict())
         for forwards, gradients, do in ((1, 0, lambda x, y: model(x)), (0, 1, lambda x, y: attacks.gradient(model, x, y))):
             monkeypatch.setattr(costs, "looks", lambda *given, found=(forwards, gradients): found)
             found, told = [], []
