@@ -6,6 +6,7 @@ Data flows one way, and a module imports only from modules above it in this list
 :mod:`khnb.settings`    every hyperparameter: one name, one range, one default
 :mod:`khnb.data`        images, integrity checks, the embedded sample
 :mod:`khnb.patches`     patches and their p-norms
+:mod:`khnb.native`      what is compiled: kernels.c for a CPU, kernels_gpu.py for a GPU
 :mod:`khnb.layer`       the KH layer, forward (eqs. 4.2-4.4, 6.5)
 :mod:`khnb.learning`    the KH learning rule, schedules, f-score (eqs. 4.5-4.7, 6.1-6.4)
 :mod:`khnb.models`      the one architecture of fig. 6.1, LL and BP
@@ -19,6 +20,10 @@ Data flows one way, and a module imports only from modules above it in this list
 :mod:`khnb.runner`      one job of a sweep: a notebook run by papermill, and its lock
 :mod:`khnb.sweeps`      grids, the groups they make, what has become of them
 :mod:`khnb.costs`       what groups cost: operations, bytes, seconds here, hours on a GPU
+:mod:`khnb.tables`      the tables, from records, beside the thesis's values
+:mod:`khnb.claims`      the thesis's claims, each with the number that decides it
+:mod:`khnb.coverage`    how much of the thesis is drawn again: the scoreboard
+:mod:`khnb.budget`      what each figure and table costs
 :mod:`khnb.plots`       the figures, drawn from records
 :mod:`khnb.widgets`     the interactive parts of the book
 ======================  =====================================================================

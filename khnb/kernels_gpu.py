@@ -1,7 +1,8 @@
-"""The kernels of a GPU, in Triton, which comes with PyTorch for CUDA: KH updates and classifiers. **Not run on a GPU yet.**
+"""The kernels of a GPU, in Triton, which comes with PyTorch for CUDA: KH updates, convolution with pooling, classifiers. **Not run on a GPU yet.**
 
-Their results are those of the plain PyTorch path but for rounding, and the same every time. Matrix products are made of three products of TF32
-terms each, which are as precise as single precision. Import this through :func:`khnb.native.gpu`.
+Their results are those of the plain PyTorch path but for rounding, and the same every time; what PyTorch does around them need not be (the gradient of
+patch norms is added up in any order there). Matrix products are made of three products of TF32 terms each, which are as precise as single precision.
+Import this through :func:`khnb.native.gpu`.
 """
 
 from __future__ import annotations

@@ -290,7 +290,8 @@ def convolves(images: Tensor, weight: Tensor) -> bool:
 def conv_pool(images: Tensor, weight: Tensor, bias: Tensor | None, w_pool: int, s_pool: int, scale: Tensor | None = None) -> Tensor:
     """max_pool2d(conv2d(images, weight, bias) * scale, w_pool, s_pool), differentiable once.
 
-    images : (B, C, H, W) float, on any device; weight : (F, C, w, w); bias : (F,) or ``None``; scale : (B, 1, H-w+1, W-w+1), or ``None`` for 1; ``ValueError`` where the gradient of scaled filters would be needed.
+    images : (B, C, H, W) float, on any device; weight : (F, C, w, w); bias : (F,) or ``None``; scale : (B, 1, H-w+1, W-w+1), or ``None`` for 1;
+    ``ValueError`` where the gradient of scaled filters would be needed.
     """
     if scale is not None and any(each is not None and each.requires_grad for each in (weight, bias)):
         raise ValueError("weight or bias needs a gradient, which is not to be had where activities are scaled")
