@@ -221,8 +221,9 @@ class _ConvPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, images, weight, bias, scale, w_pool, s_pool):
-        ctx.served, ctx.pool = convolves(images, weight), (w_pool, s_pool)
-        (out,), where = _convolver(images, weight)(images, weight, bias, scale, [(w_pool, s_pool)], any(ctx.needs_input_grad))
+        convolver = _convolver(images, weight)
+        ctx.served, ctx.pool = convolver is _conv_pool, (w_pool, s_pool)
+        (out,), where = convolver(images, weight, bias, scale, [ctx.pool], any(ctx.needs_input_grad))
         ctx.save_for_backward(images, weight, scale, where, out)
         return out
 

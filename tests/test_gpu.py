@@ -241,10 +241,13 @@ class TestCosts:
 
         return counted
 
-    def agree(self, found, less, more, fewer, within=1.2):
+    def near(self, told, counted):
+        assert 1 / 1.2 < told / counted < 1.2, (told, counted)
+
+    def agree(self, found, less, more, fewer):
         """What was counted with more of something and with less, and what is told of both."""
-        for name, counted, told in (("bytes", found.bytes - less.bytes, more.moved - fewer.moved), ("launches", found.launches - less.launches, more.launches - fewer.launches)):
-            assert 1 / within < told / counted < within, (name, counted, told)
+        self.near(more.moved - fewer.moved, found.bytes - less.bytes)
+        self.near(more.launches - fewer.launches, found.launches - less.launches)
 
     def images(self, monkeypatch, train, test=0):
         monkeypatch.setitem(sweeps.IMAGES, "cifar10-sample", dict(train=train, test=test))
@@ -277,8 +280,7 @@ class TestCosts:
             found.append(count(lambda model=model, images=images: training.train(model, sample.train_images[:images], sample.train_labels[:images])))
             told.append(costs.of(sweeps.Group("bp", "cifar10-sample", dict(models=[dict(K=6, w=8, head=head.dict())]))))
         name, theirs = ("bytes", "moved") if what.startswith("bytes") else ("launches", "launches")
-        counted, told = (getattr(pair[0], key) - getattr(pair[1], key) for pair, key in ((found, name), (told, theirs)))
-        assert 1 / 1.2 < told / counted < 1.2, (counted, told)
+        self.near(*(getattr(more, key) - getattr(less, key) for (more, less), key in ((told, theirs), (found, name))))
 
     @pytest.mark.parametrize("kind", ["LL", "BP"])
     def test_attacks(self, kind, sample, count, monkeypatch):
@@ -294,8 +296,7 @@ class TestCosts:
                 with torch.no_grad():
                     found.append(count(lambda x=x, y=y, do=do: do(x, y)))
                 told.append(costs.of(sweeps.Group("attacks", "cifar10-sample", dict(models=[described], attacks=[[]], audited=0))))
-            counted, told = found[0].bytes - found[1].bytes, told[0].moved - told[1].moved
-            assert 1 / 1.2 < told / counted < 1.2, (forwards, counted, told)
+            self.near(told[0].moved - told[1].moved, found[0].bytes - found[1].bytes)
 
 
 def test_where_they_serve(gpu):
