@@ -133,11 +133,12 @@ def of(group, memory: float = 4.0) -> Cost:
             cost.flop += 4 * F * D * patches
             cost.tensor += 2 * (_power_of_two(F) + wide) * D * patches
             cost.cached += 4 * D * (F / block + wide / 64) * patches
-            cost.moved += (80 * F * D / conv.conv_batch + 32) * patches
+            cost.moved += (28 * F * D / conv.conv_batch + 32) * patches
             cost.disk += BYTES["layer"] + F * D * (4 + 2 * len(body.get("snapshots", []))) * PACKED + 230 * conv.conv_epochs
         orders, patches = len({conv.p for conv in convs}), max(_patches(group, conv) for conv in convs)
-        cost.moved += (22 + 4 * orders) * channels * convs[0].w ** 2 * patches  # gathered, scaled
-        cost.launches = (27 + 9 * orders) * max(_patches(group, conv) / conv.conv_batch for conv in convs)
+        stacks = len({(conv.K, conv.conv_rank, conv.conv_scale) for conv in convs})
+        cost.moved += ((4 + 8 * stacks) * channels * convs[0].w ** 2 + 8 * orders * stacks) * patches  # gathered, and read by the layers of each K
+        cost.launches = 3 * stacks * max(_patches(group, conv) / conv.conv_batch for conv in convs)
         return cost
     if group.kind == "heads":
         conv, heads, kept = ConvSettings(**body["conv"]), [HeadSettings(**head) for head in body["heads"]], getattr(torch, body["feature_dtype"]).itemsize
@@ -172,8 +173,8 @@ def of(group, memory: float = 4.0) -> Cost:
             wide, deep = _up(K**2, 64), _up(channels * w**2, 64)  # of kernels_gpu.filters_gradient
             cost.tensor += 2 * wide * deep * _side(w) ** 2 * seen
             cost.cached += 4 * places * deep / 64 * seen
-            cost.moved += (8 * places + 96 * size + 28 * weights / head.head_batch) * seen
-            cost.launches += 60 * seen / head.head_batch
+            cost.moved += (8 * places + 60 * size + 15 * math.prod(datasets.SHAPE) + 28 * weights / head.head_batch) * seen
+            cost.launches += 30 * seen / head.head_batch
             cost.disk += BYTES["model"] + weights * 4 * PACKED
         return cost
     for model, attacks in zip(body["models"], body["attacks"], strict=True):
@@ -183,7 +184,7 @@ def of(group, memory: float = 4.0) -> Cost:
         cost.flop += (2 * channels * w**2 * places + 2 * classes * size) * (forwards + 2 * gradients)
         cost.plain += 2 * classes * size * (forwards + 2 * gradients) + 2 * channels * w**2 * places * gradients
         _pooled(cost, K, w, head, forwards + gradients)
-        cost.moved += 24 * size * forwards + (8 * places + (148 if kind == "LL" else 88) * size) * gradients
+        cost.moved += 16 * size * forwards + (8 * places + (112 if kind == "LL" else 52) * size) * gradients
         if kind == "LL":  # norms of patches
             cost.moved += 32 * math.prod(datasets.SHAPE) * (forwards + 3.5 * gradients)
         for one in attacks:

@@ -264,8 +264,10 @@ def _arrange(heads: list[Head], ways: dict) -> list[tuple[tuple, dict[str, list[
 
 
 def _activated(x: Tensor, sigma: str, room: Tensor) -> Tensor:
-    """sigma(x), a few rows at a time in ``room``."""
-    y, rows = room[: x.numel()].view_as(x), max(1, CHUNK // x.shape[1]) if x.device.type == "cpu" else len(x)
+    """sigma(x), on a CPU a few rows at a time in ``room``."""
+    if kernels := native.gpu(x):
+        return kernels.activated(x, sigma, 1)
+    y, rows = room[: x.numel()].view_as(x), max(1, CHUNK // x.shape[1])
     for some, to in zip(x.split(rows), y.split(rows), strict=True):
         to.copy_(ACTIVATIONS[sigma](some))
     return y

@@ -12,12 +12,68 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from khnb.models import PRELU_SLOPE
+
 NEURONS = 512  # at most, of a layer: more do not fit into the registers
-INF, NAN = tl.constexpr(float("inf")), tl.constexpr(float("nan"))
+INF, SLOPE = tl.constexpr(float("inf")), tl.constexpr(PRELU_SLOPE)
 
 
 @triton.jit
-def _rank(synapses, size, patches, m, winner, inhibited, of_winner, of_inhibited, N, F, D, BN: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr):
+def _power(y, n):
+    """y^n, which is no number for a negative y and a broken n."""
+    size, half = tl.exp2(n * tl.log2(tl.abs(y))), n * 0.5
+    signed = tl.where(half == tl.floor(half), size, tl.where(n == tl.floor(n), -size, float("nan")))
+    return tl.where(y < 0, signed, size)
+
+
+@triton.jit
+def _whole_power(y, n):
+    """y^n by repeated squaring, as in khnb/models.py: as precise as the products."""
+    found = tl.full(y.shape, 1.0, tl.float32)
+    while n > 0:
+        if n % 2 == 1:
+            found *= y
+        y *= y
+        n = n // 2
+    return found
+
+
+@triton.jit
+def _gather(images, ids, orders, rows, scales, N, C, H, W, w, BYTES: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """BN patches by number, and 1 / p-norm of each for one of the orders p; the first of them also writes the patches down."""
+    n, k = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.program_id(1)
+    across, D, p, total = W - w + 1, C * w * w, tl.load(orders + k), tl.zeros((BN,), tl.float32)
+    id = tl.load(ids + n, mask=n < N, other=0)
+    place = id % ((H - w + 1) * across)
+    corner = id // ((H - w + 1) * across) * C * H * W + place // across * W + place % across
+    for first in range(0, D, BD):
+        d = first + tl.arange(0, BD)
+        away, there = d // (w * w) * H * W + d // w % w * W + d % w, (n[:, None] < N) & (d[None, :] < D)
+        v = tl.load(images + corner[:, None] + away[None, :], mask=there, other=0).to(tl.float32)
+        if BYTES:
+            v /= 255
+        if k == 0:
+            tl.store(rows + n[:, None] * D + d[None, :], v, mask=there)
+        total += tl.sum(_power(tl.abs(v), p), 1)
+    tl.store(scales + k * N + n, tl.where(total > 0, tl.exp2(-tl.log2(total) / p), 0.0), mask=n < N)
+
+
+def gather(images: Tensor, ids: Tensor, w: int, orders: Tensor) -> tuple[Tensor, Tensor]:
+    """Patches (U, N, D) float32, as they are, and 1 / p-norm of each (orders, U, N), 0 for an all-zero one.
+
+    images : (B, C, H, W), uint8 (divided by 255) or float32, contiguous; ids : (U, N) int64, as in :func:`khnb.patches.chosen`; orders : each p, float32.
+    """
+    (_, C, H, W), (updates, N) = images.shape, ids.shape
+    rows = torch.empty(updates, N, C * w * w, device=images.device)
+    scales = torch.empty(len(orders), updates, N, device=images.device)
+    _gather[triton.cdiv(updates * N, 32), len(orders)](
+        images, ids.contiguous(), orders, rows, scales, updates * N, C, H, W, w, BYTES=images.dtype == torch.uint8, BN=32, BD=64
+    )
+    return rows, scales
+
+
+@triton.jit
+def _rank(synapses, size, patches, m, winner, inhibited, of_winner, of_inhibited, wins, N, F, D, BN: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr):
     """Of BN patches and one layer: the most active neuron, the m-th most active one, and their activities. All BF >= F neurons are in registers."""
     layer, n, f = tl.program_id(1), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BF)
     activity = tl.zeros((BF, BN), tl.float32)
@@ -37,18 +93,23 @@ def _rank(synapses, size, patches, m, winner, inhibited, of_winner, of_inhibited
     tl.store(inhibited + at, last, mask=n < N)
     tl.store(of_winner + at, tl.sum(tl.where(f[:, None] == best[None, :], activity, 0.0), 0), mask=n < N)
     tl.store(of_inhibited + at, tl.sum(tl.where(f[:, None] == last[None, :], activity, 0.0), 0), mask=n < N)
+    tl.atomic_add(wins + layer * F + best, tl.full((BN,), 1, tl.int64), mask=(n < N) & (best < F))
 
 
 @triton.jit
-def _change(patches, scales, winner, inhibited, of_winner, of_inhibited, delta, weight, change, N, F, D, BN: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr):
-    """Eq. 4.7 summed over the patches, of BF neurons and BD weights of each: the matrix g of eq. 4.6 is made where it is multiplied."""
+def _change(
+    patches, scales, which, apart, winner, inhibited, of_winner, of_inhibited, delta, weight, change, most, N, F, D,
+    BN: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
+):
+    """Eq. 4.7 summed over the patches, of BF neurons and BD weights of each: the matrix g of eq. 4.6 is made where it is multiplied. And the largest of all."""
     layer, f, d = tl.program_id(2), tl.program_id(0) * BF + tl.arange(0, BF), tl.program_id(1) * BD + tl.arange(0, BD)
     towards, away = tl.zeros((BF, BD), tl.float32), tl.zeros((BF,), tl.float32)
     against = tl.load(delta + layer)
+    scales += tl.load(which + layer).to(tl.int64) * apart
     for first in range(0, N, BN):
         n = first + tl.arange(0, BN)
         at = layer * N + n
-        scale = tl.load(scales + at, mask=n < N, other=0.0)[None, :]
+        scale = tl.load(scales + n, mask=n < N, other=0.0)[None, :]
         hebb = tl.where(f[:, None] == tl.load(winner + at, mask=n < N, other=-1)[None, :], scale, 0.0)
         anti = tl.where(f[:, None] == tl.load(inhibited + at, mask=n < N, other=-1)[None, :], scale * against, 0.0)
         v = tl.load(patches + n[:, None] * D + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)
@@ -56,27 +117,63 @@ def _change(patches, scales, winner, inhibited, of_winner, of_inhibited, delta, 
         mine = tl.load(of_winner + at, mask=n < N, other=0.0)[None, :]
         away += tl.sum(hebb * mine - anti * tl.load(of_inhibited + at, mask=n < N, other=0.0)[None, :], 1)
     at, there = layer * F * D + f[:, None] * D + d[None, :], (f[:, None] < F) & (d[None, :] < D)
-    tl.store(change + at, towards - away[:, None] * tl.load(weight + at, mask=there, other=0.0), mask=there)
+    found = towards - away[:, None] * tl.load(weight + at, mask=there, other=0.0)
+    tl.store(change + at, found, mask=there)
+    tl.atomic_max(most + layer, tl.max(tl.where(there, tl.abs(found), 0.0)))  # the same whoever comes first
 
 
-def changes(weight: Tensor, synapses: Tensor, size: Tensor, patches: Tensor, scales: Tensor, m: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`khnb.learning.kh_update` gives, of G layers, and the winners (G, N) int64.
+@triton.jit
+def _step(
+    weight, change, most, eta, p, synapses, size, N, F, D, MOVES: tl.constexpr, BY_MAX: tl.constexpr, BY_Q: tl.constexpr, WHOLE: tl.constexpr,
+    BF: tl.constexpr, BD: tl.constexpr,
+):
+    """Of BF neurons: the new weights, if there is a change, and what patches are to meet next: sgn(W) |W|^(p-1), and by what activities are divided to be ranked."""
+    layer, f = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF)
+    order, total = tl.load(p + layer), tl.zeros((BF,), tl.float32)
+    if MOVES:
+        step = tl.load(eta + layer) / (tl.maximum(tl.load(most + layer), 1e-30) if BY_MAX else N)
+    for first in range(0, D, BD):
+        d = first + tl.arange(0, BD)
+        at, there = layer * F * D + f[:, None] * D + d[None, :], (f[:, None] < F) & (d[None, :] < D)
+        x = tl.load(weight + at, mask=there, other=0.0)
+        if MOVES:
+            x += tl.load(change + at, mask=there, other=0.0) * step
+            tl.store(weight + at, x, mask=there)
+        length = tl.abs(x)
+        power = _whole_power(length, order.to(tl.int32) - 1) if WHOLE else _power(length, order - 1)
+        tl.store(synapses + at, tl.where(x < 0, -power, power), mask=there)
+        total += tl.sum(power * length, 1)
+    if BY_Q:
+        tl.store(size + layer * F + f, tl.where(total > 0, _power(total, (order - 1) / order), 1.0), mask=f < F)
 
-    weight, synapses : (G, F, D); size : (G, F), by which activities are divided to be ranked; patches : (N, D) as they are; scales : (G, N), their
-    1 / p-norm; m : (G,) int32; delta : (G,). All float32 but m, contiguous; at most :data:`NEURONS` of a layer.
+
+def learn(weight: Tensor, wins: Tensor, rows: Tensor, scales: Tensor, which: Tensor, p: Tensor, m: Tensor, delta: Tensor, eta: Tensor, by_q: bool, by_max: bool, whole: bool) -> None:
+    """One update after the other (eqs. 4.3-4.7) of G layers, whose weights and wins are changed in place.
+
+    weight : (G, F, D), with F at most :data:`NEURONS`; wins : (G, F) int64; rows and scales as :func:`gather` gives them; which : (G,) int32, of which
+    order each layer's scales are; p, delta, eta : (G,); m : (G,) int32; by_q, by_max : as in :class:`khnb.settings.ConvSettings`; whole : whether each p is.
     """
-    (layers, F, D), N = weight.shape, len(patches)
+    (layers, F, D), (updates, N, _) = weight.shape, rows.shape
     winner, inhibited = (torch.empty(layers, N, dtype=torch.int32, device=weight.device) for _ in range(2))
     activities = [torch.empty(layers, N, device=weight.device) for _ in range(2)]
-    change, together = torch.empty_like(weight), max(16, triton.next_power_of_2(F))
-    some = min(64, 2**14 // together)  # as many patches as keep the activities in registers
-    _rank[triton.cdiv(N, some), layers](
-        synapses, size, patches, m, winner, inhibited, *activities, N, F, D, BN=some, BF=together, BD=16, num_warps=8, num_stages=2
-    )
-    neurons, values = min(64, together), 64
-    grid = triton.cdiv(F, neurons), triton.cdiv(D, values), layers
-    _change[grid](patches, scales, winner, inhibited, *activities, delta, weight, change, N, F, D, BN=32, BF=neurons, BD=values)
-    return change, winner.long()
+    change, synapses, size = torch.empty_like(weight), torch.empty_like(weight), weight.new_ones(layers, F)
+    most, together = weight.new_zeros(updates, layers), max(16, triton.next_power_of_2(F))
+    some, neurons, values = min(64, 2**14 // together), min(64, together), 64  # as many patches as keep the activities in registers
+
+    def step(at, moves):
+        _step[triton.cdiv(F, 4), layers](
+            weight, change, most[at], eta, p, synapses, size, N, F, D, MOVES=moves, BY_MAX=by_max, BY_Q=by_q, WHOLE=whole, BF=4, BD=64
+        )
+
+    step(0, False)
+    for at in range(updates):
+        _rank[triton.cdiv(N, some), layers](
+            synapses, size, rows[at], m, winner, inhibited, *activities, wins, N, F, D, BN=some, BF=together, BD=16, num_warps=8, num_stages=2
+        )
+        _change[triton.cdiv(F, neurons), triton.cdiv(D, values), layers](
+            rows[at], scales[:, at], which, updates * N, winner, inhibited, *activities, delta, weight, change, most[at], N, F, D, BN=32, BF=neurons, BD=values
+        )
+        step(at, True)
 
 
 @triton.jit
@@ -178,11 +275,55 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def _power(y, n):
-    """y^n, which is no number for a negative y and a broken n."""
-    size, half = tl.exp2(n * tl.log2(tl.abs(y))), n * 0.5
-    signed = tl.where(half == tl.floor(half), size, tl.where(n == tl.floor(n), -size, NAN))
-    return tl.where(y < 0, signed, size)
+def _expm1(x):
+    """exp(x) - 1; near 0, where the difference would lose its digits, the series."""
+    near = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8)))))))
+    return tl.where(tl.abs(x) < 0.5, near, tl.exp(x) - 1)
+
+
+@triton.jit
+def _sigma(x, NAME: tl.constexpr):
+    """The activation function of this name and its slope (eqs. 2.4-2.10), as PyTorch has them where there is none."""
+    if NAME == "sigmoid":
+        e = tl.exp(-tl.abs(x))
+        value, slope = tl.where(x < 0, e, 1.0) / (1 + e), e / ((1 + e) * (1 + e))
+    elif NAME == "tanh":
+        e = _expm1(-2 * tl.abs(x))
+        size = -e / (e + 2)
+        value, slope = tl.where(x < 0, -size, size), 1 - size * size
+    elif NAME == "relu":
+        value, slope = tl.where(x > 0, x, x * 0), tl.where(x > 0, 1.0, 0.0)
+    elif NAME == "prelu":
+        value, slope = tl.where(x > 0, x, x * SLOPE), tl.where(x > 0, 1.0, SLOPE)
+    elif NAME == "elu":
+        value, slope = tl.where(x > 0, x, _expm1(tl.minimum(x, 0))), tl.exp(tl.minimum(x, 0))
+    elif NAME == "gelu":
+        below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        value, slope = x * below, below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    else:
+        tl.static_assert(NAME == "rexp")
+        value, slope = _expm1(tl.maximum(x, 0)), tl.where(x > 0, tl.exp(x), 0.0)
+    return value, slope
+
+
+@triton.jit(do_not_specialize=["n"])
+def _activated(x, slope, out, n, count, NAME: tl.constexpr, WHOLE: tl.constexpr, BACK: tl.constexpr, BN: tl.constexpr):
+    """sigma(x)^n or, if BACK, what it makes of the slope of its value."""
+    at = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    value, steep = _sigma(tl.load(x + at, mask=at < count, other=0.0), NAME)
+    found = _whole_power(value, n - BACK) if WHOLE else _power(value, n - BACK)
+    if BACK:
+        found *= n * steep * tl.load(slope + at, mask=at < count, other=0.0)
+    tl.store(out + at, found, mask=at < count)
+
+
+def activated(x: Tensor, sigma: str, n: float, slope: Tensor | None = None) -> Tensor:
+    """sigma(x)^n, element by element, or, with the slope of that, the slope of x: in one pass. All float32, contiguous, of one shape."""
+    out, whole, block = torch.empty_like(x), n == int(n), 1024
+    grid = triton.cdiv(x.numel(), block),
+    if x.numel():
+        _activated[grid](x, x if slope is None else slope, out, int(n) if whole else n, x.numel(), NAME=sigma, WHOLE=whole, BACK=slope is not None, BN=block)
+    return out
 
 
 @triton.jit

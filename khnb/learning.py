@@ -18,7 +18,7 @@ from khnb.settings import RANKS, ConvSettings, check_geometry
 COLLAPSED = 0.15  # section 8.1.2 and fig. 8.6: a layer with f below this shows the Blue Wall of Death
 ALIVE = 0.9  # share of neurons with a positive weight below which one that forms is recognised
 BLUE_WALL, NOT_FINITE = "blue wall of death", "not finite"
-PATCH_BYTES = 16 * 2**20  # of patches gathered at a time
+PATCH_BYTES, DEVICE_PATCH_BYTES = 2**24, 2**28  # of patches gathered at a time, on a CPU and on a GPU
 
 
 def schedule(name: str, eta0: float, t: float, T: float, tau: float = 2.5, gamma: float = 0.5, s_step: int = 10) -> float:
@@ -252,45 +252,49 @@ def _learn_torch(images, runs, ids):
     for run in runs:
         s = run.layer.settings
         groups.setdefault((s.K, s.conv_rank, s.conv_scale), []).append(run)
+    w, orders = runs[0].layer.settings.w, sorted({run.layer.settings.p for run in runs})
     for chunk in ids:
-        together = [_Stack([run for run in group if not run.stopped]) for group in groups.values() if not all(run.stopped for run in group)]
-        for batch in chunk:
-            v = patches.chosen(images, batch.to(images.device), runs[0].layer.settings.w)
-            scales = {p: patches.scales(v, p) for p in {run.layer.settings.p for run in runs}}
-            for stack in together:
-                stack.update(v, scales)
-        for run in runs:
-            run.stopped = run.stopped or ("" if run.weight.isfinite().all() else NOT_FINITE)
+        chunk = chunk.to(images.device)
+        if kernels := native.gpu(runs[0].weight):
+            rows, scales = kernels.gather(images, chunk, w, runs[0].weight.new_tensor(orders))
+        else:
+            rows = patches.chosen(images, chunk.flatten(), w).view(*chunk.shape, -1)
+            scales = torch.stack([patches.scales(rows, p) for p in orders])
+        for group in groups.values():
+            if active := [run for run in group if not run.stopped]:
+                finite = _Stack(active, orders).learn(rows, scales)
+                for run, well in zip(active, finite, strict=True):
+                    run.stopped = "" if well else NOT_FINITE
         yield len(chunk)
 
 
 class _Stack:
     """Layers of equal K and equal conventions while they learn: their filters and wins side by side, those of each run a view of them."""
 
-    def __init__(self, runs: list[_Run]):
+    def __init__(self, runs: list[_Run], orders: list[float]):
         self.settings = [run.layer.settings for run in runs]
         self.weight, self.wins = torch.stack([run.weight for run in runs]), torch.stack([run.wins for run in runs])
         for run, weight, wins in zip(runs, self.weight, self.wins, strict=True):
             run.weight, run.wins = weight, wins
-        self.delta, self.p = (self._column([getattr(s, name) for s in self.settings]) for name in ("delta", "p"))
-        self.eta, self.m = self._column([run.eta for run in runs]), [s.m for s in self.settings]
-        self.ranks = torch.tensor(self.m, dtype=torch.int32, device=self.weight.device)
+        self.m, self.order = [s.m for s in self.settings], [orders.index(s.p) for s in self.settings]
+        columns = [s.p for s in self.settings], [s.delta for s in self.settings], [run.eta for run in runs]
+        self.p, self.delta, self.eta = map(self.weight.new_tensor, columns)
 
-    def _column(self, values: list) -> Tensor:
-        return self.weight.new_tensor(values)[:, None, None]
-
-    def update(self, v: Tensor, scales: dict[float, Tensor]) -> None:
-        """One minibatch: patches v (N, D), and 1 / p-norm of each (N,) for each p."""
-        s, scales, gpu = self.settings[0], torch.stack([scales[s.p] for s in self.settings]), native.gpu(self.weight)
-        by_q = s.conv_rank == "Q"
-        if gpu and self.weight.shape[1] <= gpu.NEURONS:
-            sizes = _sizes(self.weight, self.p) if by_q else self.weight.new_ones(self.weight.shape[:2])
-            change, winner = gpu.changes(self.weight, synapses(self.weight, self.p).contiguous(), sizes.contiguous(), v, scales, self.ranks, self.delta.flatten())
+    def learn(self, rows: Tensor, scales: Tensor) -> list[bool]:
+        """One minibatch after the other: patches (updates, N, D), and 1 / p-norm of each, (orders, updates, N). Returns which layers are still finite."""
+        s, kernels = self.settings[0], native.gpu(self.weight)
+        by_q, by_max = s.conv_rank == "Q", s.conv_scale == "max"
+        if kernels and self.weight.shape[1] <= kernels.NEURONS:
+            m, order = (torch.tensor(values, dtype=torch.int32, device=self.weight.device) for values in (self.m, self.order))
+            kernels.learn(self.weight, self.wins, rows, scales, order, self.p, m, self.delta, self.eta, by_q, by_max, all(s.p == int(s.p) for s in self.settings))
         else:
-            change, winner = _changes(self.weight, v, scales, self.m, self.delta, self.p, by_q)
-        most = change.abs().amax((1, 2), keepdim=True).clamp_min(1e-30) if s.conv_scale == "max" else float(len(v))
-        self.weight += change * (self.eta / most)
-        self.wins.scatter_add_(1, winner, torch.ones_like(winner))
+            p, delta, eta = (values[:, None, None] for values in (self.p, self.delta, self.eta))
+            for v, scale in zip(rows, scales[self.order].unbind(1), strict=True):
+                change, winner = _changes(self.weight, v, scale, self.m, delta, p, by_q)
+                most = change.abs().amax((1, 2), keepdim=True).clamp_min(1e-30) if by_max else float(len(v))
+                self.weight += change * (eta / most)
+                self.wins.scatter_add_(1, winner, torch.ones_like(winner))
+        return self.weight.isfinite().flatten(1).all(1).tolist()
 
 
 def _close_epoch(run: _Run, channels: int, snapshots, seconds: float) -> None:
@@ -379,7 +383,8 @@ def _epoch(images, layers, epoch, served, w, batch, order, chunk, share, snapsho
     each = (images.shape[2] - w + 1) * (images.shape[3] - w + 1)
     generator = torch.Generator().manual_seed(order * 1_000_003 + epoch + 1)
     parts = minibatches(len(images), each, batch, generator, chunk, share)
-    together = max(1, PATCH_BYTES // (8 * batch * images.shape[1] * w * w))
+    room = PATCH_BYTES if images.device.type == "cpu" else DEVICE_PATCH_BYTES
+    together = max(1, room // (8 * batch * images.shape[1] * w * w))
     ids = (torch.stack(part) for part in iter(lambda: list(itertools.islice(parts, together)), []))
     runs = []
     for layer in layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from khnb import native
 from khnb.layer import KHConv2d
@@ -55,9 +56,25 @@ def power(y: Tensor, n: float) -> Tensor:
     return _Power.apply(y, int(n)) if n == int(n) and y.device.type == "cpu" else y.pow(n)
 
 
+class _Activated(torch.autograd.Function):
+    """Both functions in one pass, and their gradients in another: on a GPU it is the traffic that counts."""
+
+    @staticmethod
+    def forward(ctx, x, sigma, n):
+        ctx.save_for_backward(x)
+        ctx.of = sigma, n
+        return native.gpu(x).activated(x, sigma, n)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope):
+        (x,) = ctx.saved_tensors
+        return native.gpu(x).activated(x, *ctx.of, slope.contiguous()), None, None
+
+
 def activate(x: Tensor, sigma: str, n: float) -> Tensor:
-    """sigma(x)^n, element by element (chapter 6). x : float tensor of any shape; dtype kept."""
-    return power(ACTIVATIONS[sigma](x), n)
+    """sigma(x)^n, element by element (chapter 6), differentiable. x : float tensor of any shape; dtype kept."""
+    return _Activated.apply(x.contiguous(), sigma, n) if native.gpu(x) else power(ACTIVATIONS[sigma](x), n)
 
 
 class Network(nn.Module):

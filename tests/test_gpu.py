@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from khnb import attacks, costs, learning, models, native, sweeps, training
 from khnb import heads as heads_module
 from khnb.heads import Head, train_heads
-from khnb.patches import scales
+from khnb.patches import chosen, scales
 from khnb.settings import ConvSettings, HeadSettings
 
 pytest.importorskip("triton", reason="Triton is not here: it comes with PyTorch for CUDA")
@@ -36,7 +36,7 @@ def gpu():
 def served(gpu, monkeypatch):
     """The kernels instead of those of the CPU; returns how often each was called."""
     calls = {}
-    for name in ("changes", "conv_pool", "filters_gradient", "logits", "gradients"):
+    for name in ("gather", "learn", "conv_pool", "filters_gradient", "activated", "logits", "gradients"):
 
         def counted(*given, name=name, call=getattr(gpu, name)):
             calls[name] = calls.get(name, 0) + 1
@@ -48,22 +48,46 @@ def served(gpu, monkeypatch):
 
 
 class TestRule:
+    @pytest.mark.parametrize("kind", ["uint8", "float32"])
+    @pytest.mark.parametrize(("w", "shape"), [(3, (2, 1, 7, 9)), (4, (3, 3, 8, 8))])
+    def test_patches_and_their_norms(self, w, shape, kind, gpu):
+        generator, orders = torch.Generator().manual_seed(0), [2.0, 3.0, 4.5]
+        images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        images[0, :, :w, :w] = 0  # a black patch
+        images = images if kind == "uint8" else images.float() / 255
+        each = (shape[2] - w + 1) * (shape[3] - w + 1)
+        ids = torch.randperm(shape[0] * each, generator=generator)[:40].view(2, 20)
+        ids[1, 3] = 0
+        rows, norms = gpu.gather(images.to(DEVICE), ids.to(DEVICE), w, torch.tensor(orders, device=DEVICE))
+        expected = chosen(images, ids.flatten(), w).view(2, 20, -1)
+        torch.testing.assert_close(rows.cpu(), expected, atol=0, rtol=1e-6)
+        torch.testing.assert_close(norms.cpu(), torch.stack([scales(expected, p) for p in orders]), atol=0, rtol=1e-5)
+        assert norms[:, 1, 3].eq(0).all()
+
     @pytest.mark.parametrize(("neurons", "values", "count"), [(4, 27, 5), (100, 48, 150), (130, 75, 33)])
     @pytest.mark.parametrize("by_q", [False, True])
-    def test_changes_and_winners(self, neurons, values, count, by_q, gpu):
+    @pytest.mark.parametrize("by_max", [False, True])
+    @pytest.mark.parametrize("orders", [[2.0, 3.0, 4.5], [2.0, 5.0]])
+    def test_updates_and_wins(self, neurons, values, count, by_q, by_max, orders, gpu):
         generator = torch.Generator().manual_seed(0)
-        p = torch.tensor([2.0, 3.0, 4.5])[:, None, None]
-        m, delta = [2, 3, min(8, neurons)], torch.tensor([0.1, 0.4, 0.0])[:, None, None]
+        which, m = [0, 1, len(orders) - 1], [2, 3, min(8, neurons)]
+        p, delta, eta = torch.tensor([orders[i] for i in which]), torch.tensor([0.1, 0.4, 0.0]), torch.tensor([0.02, 0.01, 0.5])
         weight = torch.randn(3, neurons, values, generator=generator) + 0.2
-        v = torch.rand(count, values, generator=generator)
-        v[0] = 0  # black: on a tie the lower index ranks higher
-        each = torch.stack([scales(v, order) for order in p.flatten().tolist()])
-        sizes = learning._sizes(weight, p) if by_q else torch.ones(3, neurons)
-        moved = [x.to(DEVICE).contiguous() for x in (weight, learning.synapses(weight, p), sizes, v, each, torch.tensor(m, dtype=torch.int32), delta.flatten())]
-        found, winner = (x.cpu() for x in gpu.changes(*moved))
-        expected, won = learning._changes(weight.double(), v.double(), each.double(), m, delta.double(), p.double(), by_q)
-        assert torch.equal(winner, won)
-        torch.testing.assert_close(found.double(), expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
+        rows = torch.rand(2, count, values, generator=generator)
+        rows[:, 0] = 0  # black: on a tie the lower index ranks higher
+        norms = torch.stack([scales(rows, order) for order in orders])
+        found, wins = weight.to(DEVICE, copy=True), torch.zeros(3, neurons, dtype=torch.int64, device=DEVICE)
+        whole = torch.tensor([which, m], dtype=torch.int32)
+        given = [x.to(DEVICE) for x in (rows, norms, whole[0], p, whole[1], delta, eta)]
+        gpu.learn(found, wins, *given, by_q, by_max, 4.5 not in orders)
+        expected, won, columns = weight.double(), torch.zeros(3, neurons, dtype=torch.int64), [x.double()[:, None, None] for x in (p, delta, eta)]
+        for v, norm in zip(rows.double(), norms[which].double().unbind(1), strict=True):
+            change, winner = learning._changes(expected, v, norm, m, columns[1], columns[0], by_q)
+            expected = expected + columns[2] * change / (change.abs().amax((1, 2), keepdim=True) if by_max else count)
+            won.scatter_add_(1, winner, torch.ones_like(winner))
+        assert torch.equal(wins.cpu(), won)
+        moved = (expected - weight.double()).abs().amax((1, 2), keepdim=True)
+        assert ((found.cpu().double() - expected).abs() < 2e-5 * moved + 3e-7 * expected.abs()).all()
 
     def test_layers_in_lockstep_are_those_of_plain_pytorch(self, served, sample, monkeypatch):
         monkeypatch.setattr(native, "learns", lambda *given: False)
@@ -74,7 +98,7 @@ class TestRule:
         images, found = sample.train_images[:2, :, :14, :14], []
         for kernels in (True, False):
             if not kernels:
-                assert served["changes"] == 3 * 2 * 4, "three stacks, two epochs, four minibatches"
+                assert served["gather"] == 2 and served["learn"] == 3 * 2, "three stacks, two epochs, one chunk of four minibatches"
                 monkeypatch.setattr(native, "gpu", lambda tensor: None)
             found.append(learning.train_layers(images, settings, DEVICE))
         for one, plain in zip(*found, strict=True):
@@ -123,7 +147,7 @@ class TestConvolution:
         weight = torch.rand(9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         for kernels in (True, False):
             if not kernels:
-                assert served == dict(conv_pool=2) | (dict(filters_gradient=1) if p is None else {})
+                assert served == dict(conv_pool=2, activated=3) | (dict(filters_gradient=1) if p is None else {})
                 monkeypatch.setattr(native, "gpu", lambda tensor: None)
             model = (models.bp_network(3, 8, head, 3, 32, 10) if p is None else models.ll_network(weight, p, head, 32, 10)).to(DEVICE)
             x = images.to(DEVICE).requires_grad_()
@@ -131,6 +155,28 @@ class TestConvolution:
             found.append([model(x).detach(), x.grad, *(each.grad for each in model.parameters())])
         for one, plain in zip(*found, strict=True):
             torch.testing.assert_close(one, plain, atol=1e-5 * max(1, plain.abs().max().item()), rtol=1e-4)
+
+
+class TestActivation:
+    @pytest.mark.parametrize("n", [1, 2, 5, 16, 1.5])
+    @pytest.mark.parametrize("sigma", models.ACTIVATIONS)
+    def test_values_and_slopes(self, sigma, n, served):
+        """To within the rounding of n factors; GeLU and the slope of tanh take a difference that is near 0 where x is far from it, in PyTorch as well."""
+        x = torch.cat([torch.linspace(-3, 3, 2001), torch.tensor([0.0, -0.0, 1e-20, -1e-20, 1e-4, -1e-4])])
+        slope, here, exact = torch.linspace(-1, 1, len(x)), x.to(DEVICE, copy=True).requires_grad_(), x.double().requires_grad_()
+        found, expected = models.activate(here, sigma, n), models.ACTIVATIONS[sigma](exact) ** n
+        found.backward(slope.to(DEVICE)), expected.backward(slope.double())
+        assert served == dict(activated=2)
+        close = dict(rtol=3e-4 if sigma in ("gelu", "tanh") else 1e-5, atol=1e-37, equal_nan=True)  # smaller ones vanish
+        torch.testing.assert_close(found.detach().cpu().double(), expected.detach(), **close)
+        torch.testing.assert_close(here.grad.cpu().double(), exact.grad, **close | dict(atol=1e-6))
+
+    def test_shapes(self, served):
+        for shape in ((0,), (), (3, 1, 5), (1025,)):
+            x = torch.rand(shape)
+            torch.testing.assert_close(models.activate(x.to(DEVICE), "relu", 3).cpu(), x**3)
+        x = torch.rand(4, 6).T
+        torch.testing.assert_close(models.activate(x.to(DEVICE), "elu", 2).cpu(), x**2)
 
 
 class TestClassifiers:
@@ -178,6 +224,10 @@ class TestClassifiers:
             torch.testing.assert_close(one.network.linear.weight, plain.network.linear.weight, atol=1e-5, rtol=1e-4)
 
 
+KERNELS = ("_gather", "_rank", "_change", "_step", "_conv_pool", "_filters", "_activated", "_logits", "_gradient")
+CACHED = ("room", "images")  # what kernels write and read again at once, and what is far smaller than what is made of it
+
+
 class Counted(TorchDispatchMode):
     """Launches, and bytes read and written, of what PyTorch does on tensors; of the kernels as well, when they are called through :meth:`through`."""
 
@@ -185,15 +235,23 @@ class Counted(TorchDispatchMode):
         super().__init__()
         self.launches = self.bytes = 0
 
-    def through(self, call, kernels):
-        def counted(*given):
-            with _disable_current_modes():  # the interpreter copies tensors about
-                found = call(*given)
-            self.launches += kernels
-            self.bytes += sum(map(_bytes, (x for x in tree_leaves((given, found)) if isinstance(x, torch.Tensor))))
-            return found
+    def through(self, kernel):
+        """The kernel, counted: each tensor it is given once, what is read and written twice, but what stays in the cache."""
 
-        return counted
+        class Through:
+            def __getitem__(_, grid):
+                def launch(*given, **constants):
+                    with _disable_current_modes():  # the interpreter copies tensors about
+                        kernel[grid](*given, **constants)
+                    self.launches += 1
+                    named = {name: x for name, x in zip(kernel.arg_names, given, strict=False) if isinstance(x, torch.Tensor)}
+                    both = dict(_step=("weight",), _gradient=("to",)).get(kernel.fn.__name__, ())
+                    seen = {x.data_ptr(): 0 if name in CACHED else _bytes(x) for name, x in reversed(named.items())}  # what is not there is an earlier one again
+                    self.bytes += sum(seen.values()) + sum(_bytes(named[name]) for name in both)
+
+                return launch
+
+        return Through()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -228,14 +286,14 @@ class TestCosts:
         monkeypatch.setattr(native, "gpu", lambda tensor: gpu)
         for name in ("learns", "convolves", "classifies"):
             monkeypatch.setattr(native, name, lambda *given: False)
-        monkeypatch.setattr(models, "power", lambda y, n: y if n == 1 else y.pow(n))  # as on a GPU
         monkeypatch.setattr(heads_module, "PART", 2**30)
         monkeypatch.setattr(training, "part_size", lambda model, images: 1000)
+        monkeypatch.setattr(torch.optim, "AdamW", lambda *given, fused, AdamW=torch.optim.AdamW, **more: AdamW(*given, fused=True, **more))
 
         def counted(do):
             with pytest.MonkeyPatch.context() as patch, Counted() as found:
-                for name, kernels in dict(changes=2, conv_pool=1, filters_gradient=1, logits=1, gradients=1).items():
-                    patch.setattr(gpu, name, found.through(getattr(gpu, name), kernels))
+                for name in KERNELS:
+                    patch.setattr(gpu, name, found.through(getattr(gpu, name)))
                 do()
             return found
 
@@ -313,28 +371,32 @@ def test_they_compile_for_a_gpu_that_is_not_here():
         from triton.compiler import ASTSource
         from khnb import kernels_gpu as k
 
-        def made(kernel, whole=(), numbers="", long=(), **constants):
+        def made(kernel, whole="", numbers="", long="", bytes="", products=True, **constants):
             names = [name for name in kernel.arg_names if name not in constants]
-            types = {name: "*i64" if name in long else "*i32" if name in whole else "i32" if name in numbers.split() else "*fp32" for name in names}
+            types = {name: next((kind for kind, some in (("*i64", long), ("*i32", whole), ("*u8", bytes), ("i32", numbers)) if name in some.split()), "*fp32") for name in names}
             source = ASTSource(fn=kernel, signature=types | dict.fromkeys(constants, "constexpr"), constexprs=constants)
             found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=8, num_stages=2) if kernel is k._rank else {})
             assert found.metadata.shared <= 227 * 1024, found.metadata.shared
-            assert "mma" in found.asm["ptx"] and "tf32" in found.asm["ptx"] and len(found.asm["cubin"]) > 0
+            assert len(found.asm["cubin"]) > 0 and products == ("mma" in found.asm["ptx"] and "tf32" in found.asm["ptx"])
             print(kernel.__name__, found.metadata.shared)
 
-        made(k._rank, ("m", "winner", "inhibited"), "N F D", BN=32, BF=512, BD=16)
+        for name in ("sigmoid", "tanh", "relu", "prelu", "elu", "gelu", "rexp"):
+            made(k._activated, numbers="n count", products=False, NAME=name, WHOLE=True, BACK=True, BN=1024)
+        made(k._gather, numbers="N C H W w", long="ids", bytes="images", products=False, BYTES=True, BN=32, BD=64)
+        made(k._rank, "m winner inhibited", "N F D", "wins", BN=32, BF=512, BD=16)
+        made(k._change, "which winner inhibited", "apart N F D", BN=32, BF=64, BD=64)
+        made(k._step, numbers="N F D", products=False, MOVES=True, BY_MAX=True, BY_Q=True, WHOLE=True, BF=4, BD=64)
         numbers = "count filters C H W w side across q step high wide"
         for kind in (dict(BIASED=True, SCALED=False, PLACES=True), dict(BIASED=False, SCALED=True, PLACES=False)):
-            made(k._conv_pool, (), numbers, long=("where",), BN=64, BF=16, BD=16, **kind)
-        made(k._filters, (), "count filters C H W w side across", BF=64, BD=64, BN=16)
-        made(k._change, ("winner", "inhibited"), "N F D", BN=32, BF=64, BD=64)
-        made(k._logits, (), "count heads D classes each", BB=64, BD=32, BC=16)
-        made(k._gradient, (), "count heads D classes", BB=32, BD=64, BC=16)
+            made(k._conv_pool, numbers=numbers, long="where", BN=64, BF=16, BD=16, **kind)
+        made(k._filters, numbers="count filters C H W w side across", BF=64, BD=64, BN=16)
+        made(k._logits, numbers="count heads D classes each", BB=64, BD=32, BC=16)
+        made(k._gradient, numbers="count heads D classes", BB=32, BD=64, BC=16)
     """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 7
+    assert len(done.stdout.splitlines()) == 16
 
 
 def test_the_benchmark_runs():
