@@ -1,4 +1,5 @@
-"""The kernels of a GPU, in Triton, which comes with PyTorch for CUDA: KH updates, convolution with pooling, classifiers. **Not run on a GPU yet.**
+"""The kernels of a GPU, in Triton, which comes with PyTorch for CUDA: KH updates, convolution with pooling,
+activation functions, classifiers. **Not run on a GPU yet.**
 
 Their results are those of the plain PyTorch path but for rounding, and the same every time; what PyTorch does around them need not be (the gradient of
 patch norms is added up in any order there). Matrix products are made of three products of TF32 terms each, which are as precise as single precision.
