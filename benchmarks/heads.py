@@ -7,7 +7,8 @@ On random filters (K=10, w=4, p=2) and random images, minibatches of 1,000. Clas
 
 for 1 and 10 heads and the 60 of a grid-3 group (5 w_pool, 3 sigma, 4 n), and for 20 heads that share their features (other eta0, seed
 and schedule), in float32, float16 and bfloat16. Features (convolution, normalisation, max-pooling) against the chain conv2d, division,
-max_pool2d, against conv2d alone, and against the machine's product at that shape. The BP twin against plain PyTorch.
+max_pool2d, against conv2d alone, and against the machine's product at that shape. The BP twin against plain PyTorch. Activation functions with
+their powers, as a BP model meets them, against PyTorch's one after the other.
 Times are medians of interleaved rounds; ratios within one run are what to quote.
 """
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 
 from khnb.heads import Features, Head, train_heads
 from khnb.layer import KHConv2d, synapses
-from khnb.models import activate, bp_network, ll_network
+from khnb.models import ACTIVATIONS, activate, bp_network, ll_network, power
 from khnb.settings import HeadSettings
 
 IMAGES, BATCH, ROUNDS, EPOCHS, WHOLE = 3000, 1000, 3, 100, 50_000
@@ -78,7 +79,7 @@ def heads(weight, images, labels, each, dtype=torch.float32, plain=True) -> dict
     found: dict[str, list] = {"together": [], "cached": [], "plain": []}
 
     def classify(model, pooled):
-        return activate(pooled, model.head.sigma, model.head.n).flatten(1)
+        return power(ACTIVATIONS[model.head.sigma](pooled), model.head.n).flatten(1)
 
     for _ in range(ROUNDS):
         kept, began = [Head(network(settings, weight)) for settings in each], time.perf_counter()
@@ -96,6 +97,18 @@ def heads(weight, images, labels, each, dtype=torch.float32, plain=True) -> dict
             epoch = seconds(lambda: one_at_a_time(some[0], *few, lambda model, x: model.linear(classify(model, chain(model, x)))))
             found["plain"].append(EPOCHS * epoch * WHOLE / BATCH)
     return {name: statistics.median(times) for name, times in found.items() if times}
+
+
+def activations() -> None:
+    """sigma(x)^4 of pooled activities from N(0, 1), those of 10 images with K=20, w=4, w_pool=9, forward and with the gradient of x."""
+    x, slope = torch.randn(10, 400, 11, 11).requires_grad_(), torch.randn(10, 400, 11, 11)
+    print("\n| σ | σ⁴: ns a value | and gradient | PyTorch: σ⁴ | and gradient | PyTorch / kernel, with gradient |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+    for sigma in native.SIGMAS:
+        ways = {"kernel": lambda sigma=sigma: activate(x, sigma, 4), "PyTorch": lambda sigma=sigma: power(ACTIVATIONS[sigma](x), 4)}
+        work = {(name, back): (lambda way=way, back=back: torch.autograd.grad(way(), x, slope) if back else way().detach()) for name, way in ways.items() for back in (False, True)}
+        times = [{key: seconds(do) / x.numel() * 1e9 for key, do in work.items()} for _ in range(50)]
+        found = {key: statistics.median(each[key] for each in times) for key in work}
+        print(f"| {sigma} | " + " | ".join(f"{found[name, back]:.2f}" for name in ways for back in (False, True)) + f" | {found['PyTorch', True] / found['kernel', True]:.1f} |", flush=True)
 
 
 def main(threads: int) -> None:
@@ -146,11 +159,12 @@ def main(threads: int) -> None:
         def plain(model=bp["plain"]):
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
             activity = F.max_pool2d(model.conv(pixels[:500]), 9, 2)
-            F.cross_entropy(model.linear(activate(activity, "elu", 1).flatten(1)), labels[:500]).backward()
+            F.cross_entropy(model.linear(F.elu(activity).flatten(1)), labels[:500]).backward()
             optimizer.step()
 
         found = rounds({"ours": lambda: training.train(bp["ours"], images[:500], labels[:500]), "plain": plain})
         print(f"| {K} | {w} | {500 / found['ours']:.0f} | {500 / found['plain']:.0f} | {found['plain'] / found['ours']:.1f} |", flush=True)
+    activations()
 
 
 if __name__ == "__main__":

@@ -264,10 +264,11 @@ def _arrange(heads: list[Head], ways: dict) -> list[tuple[tuple, dict[str, list[
 
 
 def _activated(x: Tensor, sigma: str, room: Tensor) -> Tensor:
-    """sigma(x), on a CPU a few rows at a time in ``room``."""
-    if kernels := native.gpu(x):
-        return kernels.activated(x, sigma, 1)
-    y, rows = room[: x.numel()].view_as(x), max(1, CHUNK // x.shape[1])
+    """sigma(x) in ``room``; where there is no kernel for it, a few rows at a time on a CPU."""
+    y = room[: x.numel()].view_as(x)
+    if activator := native.activator(x, sigma, 1):
+        return activator(x, sigma, 1, out=y)
+    rows = max(1, CHUNK // x.shape[1]) if x.device.type == "cpu" else len(x)
     for some, to in zip(x.split(rows), y.split(rows), strict=True):
         to.copy_(ACTIVATIONS[sigma](some))
     return y

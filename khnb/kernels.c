@@ -1,7 +1,7 @@
 /* What plain tensor operations do slowly on a CPU. Of the KH rule: whole minibatches of it, with the activities of a few
    patches at a time in the nearest cache, where the winner and the m-th most active neuron are found. Of the network:
    convolution, the norms of patches and max-pooling in one pass over the image, and their gradients, which only the places that won the
-   pooling have. Of classifiers: many of them on the same features. */
+   pooling have. Of classifiers: many of them on the same features. Activation functions with their powers. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -555,4 +555,111 @@ void khnb_heads(const float *y, const int64_t *labels, int64_t count, int64_t D,
                 }
         }
     }
+}
+
+/* e^x = power * (1 + rest) for each of them, power a power of 2: to within 2e-7, in the range where no result is too small or large. */
+static inline __attribute__((always_inline)) vf exponential(vf x, vf *power, vf *rest)
+{
+    vf least = (vf){0} - 87.3f, most = (vf){0} + 88.7f;
+    x = CHOOSE(x < least, least, x);
+    x = CHOOSE(x > most, most, x);
+    vf half = CHOOSE(x < 0, (vf){0} - 0.5f, (vf){0} + 0.5f);
+    vi k = __builtin_convertvector(x * 1.44269504f + half, vi);
+    vf r = x - __builtin_convertvector(k, vf) * 0.693147180f;
+    *rest = r * (1 + r * (0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f + r * (1 / 5040.0f)))))));
+    vf low = (vf)((k - (k >> 1) + 127) << 23); /* in two, as 2^128 is none */
+    *power = (vf)(((k >> 1) + 127) << 23) * low;
+    return *power * *rest + *power;
+}
+
+/* e^x - 1, near 0 without taking a difference */
+static inline __attribute__((always_inline)) vf exponential_less_1(vf x)
+{
+    vf power, rest, whole = exponential(x, &power, &rest);
+    return CHOOSE(power == 1, rest, whole - 1);
+}
+
+enum { SIGMOID, TANH, RELU, PRELU, ELU, REXP }; /* as in khnb/native.py */
+
+/* An activation function (eqs. 2.4-2.10; not GeLU, which PyTorch does as fast) and its slope. */
+static inline __attribute__((always_inline)) vf activation(vf x, int sigma, float alpha, vf *slope)
+{
+    vf zero = {0}, one = zero + 1, size = CHOOSE(x < 0, -x, x), power, rest;
+    vi positive = x > 0, number = x == x;
+    vf below = CHOOSE(positive, zero, x), above = CHOOSE(positive, x, CHOOSE(number, zero, x)), value;
+    switch (sigma) {
+    case SIGMOID: {
+        vf e = exponential(-size, &power, &rest);
+        value = CHOOSE(x < 0, e, one) / (1 + e);
+        *slope = e / ((1 + e) * (1 + e));
+        break;
+    }
+    case TANH: {
+        vf e = exponential_less_1(-2 * size), y = -e / (e + 2);
+        value = CHOOSE(x < 0, -y, y);
+        *slope = 1 - y * y;
+        break;
+    }
+    case RELU:
+        value = above;
+        *slope = CHOOSE(positive, one, zero);
+        break;
+    case PRELU:
+        value = CHOOSE(positive, x, alpha * x);
+        *slope = CHOOSE(positive, one, zero + alpha);
+        break;
+    case ELU:
+        value = CHOOSE(positive, x, exponential_less_1(below));
+        *slope = exponential(below, &power, &rest);
+        break;
+    default: /* REXP */
+        value = exponential_less_1(above);
+        *slope = CHOOSE(positive, exponential(above, &power, &rest), zero);
+    }
+    *slope = CHOOSE(number, *slope, x);
+    return CHOOSE(number, value, x);
+}
+
+static inline __attribute__((always_inline)) vf whole_power(vf x, int64_t n)
+{
+    vf found = (vf){0} + 1;
+    int begun = 0;
+    for (; n; n >>= 1) { /* repeated squaring, as in khnb/models.py */
+        if (n & 1) {
+            found = begun ? found * x : x;
+            begun = 1;
+        }
+        if (n > 1) x *= x;
+    }
+    return found;
+}
+
+static inline __attribute__((always_inline)) void
+activated(const float *x, const float *slope, int64_t count, int sigma, int64_t n, float alpha, float *out)
+{
+    for (int64_t i = 0; i < count; i += VL) {
+        float last[3][VL] = {0}; /* where less than a vector is left */
+        int64_t here = count - i < VL ? count - i : VL;
+        const float *from = x + i, *by = slope ? slope + i : 0;
+        if (here < VL) {
+            from = memcpy(last[0], from, sizeof(float) * here);
+            if (slope) by = memcpy(last[1], by, sizeof(float) * here);
+        }
+        vf steep, value = activation(*(const vf *)from, sigma, alpha, &steep);
+        vf found = slope ? whole_power(value, n - 1) * (float)n * steep * *(const vf *)by : whole_power(value, n);
+        if (here == VL)
+            *(vf *)(out + i) = found;
+        else {
+            *(vf *)last[2] = found;
+            memcpy(out + i, last[2], sizeof(float) * here);
+        }
+    }
+}
+
+#define SIGMA(name) case name: if (slope) activated(x, slope, count, name, n, alpha, out); else activated(x, 0, count, name, n, alpha, out); break;
+
+/* sigma(x)^n, n >= 1, of so many values, or, if there is slope, the slope of that, the slope of x. alpha: of PReLU. */
+void khnb_activated(const float *x, const float *slope, int64_t count, int sigma, int64_t n, float alpha, float *out)
+{
+    switch (sigma) { SIGMA(SIGMOID) SIGMA(TANH) SIGMA(RELU) SIGMA(PRELU) SIGMA(ELU) SIGMA(REXP) }
 }

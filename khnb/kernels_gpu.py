@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from khnb.models import PRELU_SLOPE
+from khnb.settings import PRELU_SLOPE
 
 NEURONS = 512  # at most, of a layer: more do not fit into the registers
 INF, SLOPE = tl.constexpr(float("inf")), tl.constexpr(PRELU_SLOPE)
@@ -318,9 +318,9 @@ def _activated(x, slope, out, n, count, NAME: tl.constexpr, WHOLE: tl.constexpr,
     tl.store(out + at, found, mask=at < count)
 
 
-def activated(x: Tensor, sigma: str, n: float, slope: Tensor | None = None) -> Tensor:
+def activated(x: Tensor, sigma: str, n: float, slope: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """sigma(x)^n, element by element, or, with the slope of that, the slope of x: in one pass. All float32, contiguous, of one shape."""
-    out, whole, block = torch.empty_like(x), n == int(n), 1024
+    out, whole, block = torch.empty_like(x) if out is None else out, n == int(n), 1024
     grid = triton.cdiv(x.numel(), block),
     if x.numel():
         _activated[grid](x, x if slope is None else slope, out, int(n) if whole else n, x.numel(), NAME=sigma, WHOLE=whole, BACK=slope is not None, BN=block)

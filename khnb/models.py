@@ -9,9 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from khnb import native
 from khnb.layer import KHConv2d
-from khnb.settings import HeadSettings, check_geometry
-
-PRELU_SLOPE = 0.25  # the thesis gives no alpha for eq. 2.7; this is the start value of PyTorch's PReLU
+from khnb.settings import PRELU_SLOPE, HeadSettings, check_geometry
 
 #: eqs. 2.4-2.10 by name; ELU with alpha = 1
 ACTIVATIONS = {
@@ -57,24 +55,25 @@ def power(y: Tensor, n: float) -> Tensor:
 
 
 class _Activated(torch.autograd.Function):
-    """Both functions in one pass, and their gradients in another: on a GPU it is the traffic that counts."""
+    """Both functions in one pass, and their gradients in another."""
 
     @staticmethod
-    def forward(ctx, x, sigma, n):
+    def forward(ctx, x, sigma, n, activator):
         ctx.save_for_backward(x)
-        ctx.of = sigma, n
-        return native.gpu(x).activated(x, sigma, n)
+        ctx.of = activator, sigma, n
+        return activator(x, sigma, n)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, slope):
-        (x,) = ctx.saved_tensors
-        return native.gpu(x).activated(x, *ctx.of, slope.contiguous()), None, None
+        (activator, *of), (x,) = ctx.of, ctx.saved_tensors
+        return activator(x, *of, slope.contiguous()), None, None, None
 
 
 def activate(x: Tensor, sigma: str, n: float) -> Tensor:
-    """sigma(x)^n, element by element (chapter 6), differentiable. x : float tensor of any shape; dtype kept."""
-    return _Activated.apply(x.contiguous(), sigma, n) if native.gpu(x) else power(ACTIVATIONS[sigma](x), n)
+    """sigma(x)^n, element by element (chapter 6), differentiable once. x : float tensor of any shape; dtype kept."""
+    activator = native.activator(x, sigma, n)
+    return _Activated.apply(x.contiguous(), sigma, n, activator) if activator else power(ACTIVATIONS[sigma](x), n)
 
 
 class Network(nn.Module):

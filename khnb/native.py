@@ -24,8 +24,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from khnb.settings import PRELU_SLOPE
+
 SOURCE = Path(__file__).with_name("kernels.c")
 BLOCK = 112  # filters of the fused convolution done together
+SIGMAS = ("sigmoid", "tanh", "relu", "prelu", "elu", "rexp")  # by their numbers in kernels.c
 # sums may be reordered, to be vectorised; -ffast-math would also make the whole process flush denormals to zero
 REORDER = ("-fno-math-errno", "-fno-signed-zeros", "-fno-trapping-math", "-fassociative-math")
 FLAGS = ("-O3", "-march=native", *REORDER, "-shared", "-fPIC")
@@ -72,7 +75,8 @@ def _library():
     library.khnb_conv_pool_back.argtypes = [place] + [number] * 5 + [place] * 2 + [number] * 2 + [place] * 3
     library.khnb_conv_pool_images.argtypes = [place] + [number] * 5 + [place] * 4 + [number] * 2 + [place] * 3
     library.khnb_heads.argtypes = [place] * 2 + [number] * 3 + [ctypes.c_float] + [number] * 2 + [place] * 7
-    for name in ("sizes", "gather", "scales", "conv_pool", "conv_pool_back", "conv_pool_images", "heads"):
+    library.khnb_activated.argtypes = [place] * 2 + [number, ctypes.c_int, number, ctypes.c_float, place]
+    for name in ("sizes", "gather", "scales", "conv_pool", "conv_pool_back", "conv_pool_images", "heads", "activated"):
         getattr(library, f"khnb_{name}").restype = None
     return library
 
@@ -302,6 +306,30 @@ def conv_pool(images: Tensor, weight: Tensor, bias: Tensor | None, w_pool: int, 
 def conv_pools(images: Tensor, weight: Tensor, scale: Tensor, pools: list[tuple[int, int]]) -> list[Tensor]:
     """:func:`conv_pool` for each (w_pool, s_pool), without gradients."""
     return _convolver(images, weight)(images.contiguous(), weight.contiguous(), None, scale.contiguous(), pools, False)[0]
+
+
+def activator(x: Tensor, sigma: str, n: float):
+    """What makes sigma(x)^n in one pass, and its gradient in another, or ``None``: (x, sigma, n, slope of the result or None) -> result, or slope of x.
+
+    float32 and contiguous all of them; on the CPU all activation functions but GeLU, and whole n.
+    """
+    if kernels := gpu(x):
+        return kernels.activated
+    plain = x.device.type == "cpu" and x.dtype == torch.float32
+    return _activated if plain and sigma in SIGMAS and n == int(n) and _library() is not None else None
+
+
+def _activated(x: Tensor, sigma: str, n: float, slope: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    out = torch.empty_like(x) if out is None else out
+    x, slope, to = (each if each is None else each.view(-1) for each in (x, slope, out))
+
+    def work(start, stop):
+        _library().khnb_activated(
+            x[start:].data_ptr(), None if slope is None else slope[start:].data_ptr(), stop - start, SIGMAS.index(sigma), int(n), PRELU_SLOPE, to[start:].data_ptr()
+        )
+
+    _in_parts(len(x), work)
+    return out
 
 
 def classifies(weight: Tensor) -> bool:

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field, fields
 
 SCHEDULERS = ("constant", "linear", "exponential", "cosine", "step")
+PRELU_SLOPE = 0.25  # the thesis gives no alpha for eq. 2.7; this is the start value of PyTorch's PReLU
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "prelu", "elu", "gelu", "rexp")
 DTYPES = ("float32", "float16", "bfloat16")
 RANKS = ("activity", "Q")

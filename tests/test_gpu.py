@@ -38,9 +38,9 @@ def served(gpu, monkeypatch):
     calls = {}
     for name in ("gather", "learn", "conv_pool", "filters_gradient", "activated", "logits", "gradients"):
 
-        def counted(*given, name=name, call=getattr(gpu, name)):
+        def counted(*given, name=name, call=getattr(gpu, name), **more):
             calls[name] = calls.get(name, 0) + 1
-            return call(*given)
+            return call(*given, **more)
 
         monkeypatch.setattr(gpu, name, counted)
     monkeypatch.setattr(native, "gpu", lambda tensor: gpu)

@@ -53,6 +53,37 @@ class TestActivations:
         activate(x, name, 4.0).sum().backward()
         assert x.grad.isfinite().all()
 
+    @pytest.mark.parametrize("n", [1, 2, 5, 16])
+    @pytest.mark.parametrize("name", native.SIGMAS)
+    def test_the_compiled_kernel(self, name, n):
+        """To within the rounding of n factors of the formula in double precision, and so is the gradient."""
+        x = torch.cat([torch.linspace(-8, 5, 4001), torch.tensor([0.0, -0.0, 1e-20, -1e-20, -1e-4, -87.0, -1000.0])])
+        if native.activator(x, name, n) is None:
+            pytest.skip("there is no compiled kernel here")
+        slope, here, exact = torch.linspace(-1, 1, len(x)), x.clone().requires_grad_(), x.double().requires_grad_()
+        found, expected = activate(here, name, n), ACTIVATIONS[name](exact) ** n
+        found.backward(slope), expected.backward(slope.double())
+        torch.testing.assert_close(found.detach().double(), expected.detach(), rtol=5e-7 * n, atol=1e-37)  # smaller ones vanish
+        torch.testing.assert_close(here.grad.double(), exact.grad, rtol=5e-7 * n, atol=5e-7 * n)
+
+    @pytest.mark.parametrize("name", native.SIGMAS)
+    def test_the_compiled_kernel_takes_any_number_of_values(self, name):
+        x, whole = torch.linspace(-2, 2, 50), activate(torch.linspace(-2, 2, 50), name, 3)
+        for count in (0, 1, 7, 16, 17, 33, 49):
+            assert torch.equal(activate(x[:count], name, 3), whole[:count])
+        assert torch.equal(activate(x.view(5, 10).T, name, 3), whole.view(5, 10).T)
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(3)
+            assert torch.equal(activate(x, name, 3), whole)
+        finally:
+            torch.set_num_threads(threads)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_what_is_no_number_stays_none(self, name):
+        found = activate(torch.tensor([float("nan"), 1.0]), name, 2)
+        assert found.isnan().tolist() == [True, False]
+
     def test_float32_is_kept(self):
         assert all(activate(torch.ones(2), name, 3.0).dtype == torch.float32 for name in NAMES)
 
