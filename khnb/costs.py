@@ -27,7 +27,7 @@ from khnb.heads import Head, train_heads
 from khnb.models import n_features
 from khnb.native import cache_dir
 from khnb.results import Store, atomic_write, default_root, pack, provenance
-from khnb.settings import ConvSettings, HeadSettings
+from khnb.settings import MEMORY, ConvSettings, HeadSettings
 
 #: what is not known before a model is there and no record of one like it: which share of the test images is attacked (the thesis's best model: 4523 of
 #: 10,000), and how far they move until it is wrong, in units of the pixel range
@@ -116,7 +116,7 @@ def looks(model: dict, attacks: list[dict], audited: int = 0) -> tuple[float, fl
     return forwards, gradients + LOOKS * audited / sweeps.IMAGES["cifar10"]["test"]
 
 
-def of(group, memory: float = 4.0) -> Cost:
+def of(group, memory: float = MEMORY) -> Cost:
     """What a group costs.
 
     Operations are: of a KH update the products of filters with patches and of their changes; of classifiers both products; of convolutions 2
@@ -243,7 +243,7 @@ class Rates:
         return self.known[name]
 
 
-def seconds(group, rates: Rates, memory: float = 4.0) -> float:
+def seconds(group, rates: Rates, memory: float = MEMORY) -> float:
     """How long a group takes on one thread of this machine, about, without the start of its notebook."""
     (packing,) = rates.get("packing", lambda: [_best(lambda: pack(dict(a=np.random.default_rng(0).standard_normal(10**6, np.float32)))) / 4e6])
     return _compute(group, rates, memory) + of(group, memory).disk / PACKED * packing

@@ -28,7 +28,7 @@ from khnb.data import Dataset
 from khnb.heads import Head, logits, train_heads
 from khnb.native import cache_dir
 from khnb.results import Rows, Store, atomic_write, code_version, record_id
-from khnb.settings import DTYPES, PARAMETERS, ConvSettings, HeadSettings, check, check_geometry
+from khnb.settings import DTYPES, MEMORY, PARAMETERS, ConvSettings, HeadSettings, check, check_geometry
 
 SNAPSHOTS = (0, 1, 2, 4, 8, 15, 30)  # epochs
 AUDITED = 300  # images of an audit, where nothing else is said
@@ -283,7 +283,7 @@ def _put_model(run: Run, asked: dict, model: models.Network, said: list, history
 
 
 def ll_models(
-    run: Run, conv: ConvSettings, heads: list[HeadSettings], feature_dtype: str = "float32", memory: float = 4.0, exact: bool = False
+    run: Run, conv: ConvSettings, heads: list[HeadSettings], feature_dtype: str = "float32", memory: float = MEMORY, exact: bool = False
 ) -> list[dict]:
     """Records of LL models with one KH layer: the store's, else trained now, all heads together (:func:`khnb.heads.train_heads`).
 
@@ -366,7 +366,7 @@ def _train_group(run: Run, conv: ConvSettings, layer: dict, heads: list[HeadSett
     return trained, (before + time.perf_counter() - started) / len(trained)
 
 
-def ll_model(run: Run, conv: ConvSettings, head: HeadSettings, feature_dtype: str = "float32", memory: float = 4.0) -> dict:
+def ll_model(run: Run, conv: ConvSettings, head: HeadSettings, feature_dtype: str = "float32", memory: float = MEMORY) -> dict:
     """The record of one LL model: see :func:`ll_models`."""
     return ll_models(run, conv, [head], feature_dtype, memory)[0]
 

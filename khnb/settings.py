@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field, fields
 
 SCHEDULERS = ("constant", "linear", "exponential", "cosine", "step")
+MEMORY = 4.0  # GiB, by default, for the pooled activities that classifiers are trained on
 PRELU_SLOPE = 0.25  # the thesis gives no alpha for eq. 2.7; this is the start value of PyTorch's PReLU
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "prelu", "elu", "gelu", "rexp")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -121,7 +122,7 @@ PARAMETERS: dict[str, Parameter] = {
     "data": Parameter(("auto", "cifar10", "cifar10-sample"), "auto", "which images: auto takes the full set where it is found"),
     "device": Parameter(str, "auto", "auto, cpu, cuda or cuda:N"),
     "feature_dtype": Parameter(DTYPES, "float32", "how pooled activities are kept while heads train"),
-    "memory": Parameter(float, 4.0, "GiB for pooled activities; what does not fit is computed again each epoch", 0.0),
+    "memory": Parameter(float, MEMORY, "GiB for pooled activities; what does not fit is computed again each epoch", 0.0),
     "bp": Parameter(("stored", "train", "none"), "stored", "the BP twin: shown where the store holds it, trained, or left out"),
     "group": Parameter(str, "", "what a sweep does in this notebook, FILE#ID; nothing by default"),
     "eps_max": Parameter(float, 1.0, "largest FGSM strength tried", 1e-9, 1.0),

@@ -35,7 +35,7 @@ from khnb import data as datasets
 from khnb import pipeline, runner
 from khnb.models import n_features
 from khnb.results import Store, atomic_write, record_id
-from khnb.settings import PARAMETERS, ConvSettings, HeadSettings, check
+from khnb.settings import MEMORY, ConvSettings, HeadSettings, check
 
 FOLDER = Path(khnb.__file__).parent.parent / "sweeps"
 PRESETS = ("smoke", "laptop", "thesis")
@@ -537,7 +537,7 @@ def memory_for(group: Group, run: pipeline.Run, given: float | None = None) -> f
     """GiB for pooled activities: what was given, else the parameter's default on a CPU, or what the group's classifiers leave free on its GPU."""
     device = pipeline.pick_device(run.device)
     if given is not None or device.type != "cuda":
-        return PARAMETERS["memory"].default if given is None else given
+        return MEMORY if given is None else given
     conv, models = ConvSettings(**(group.body.get("conv") or group.body["models"][0]["conv"])), group.body.get("models", [])
     heads = sum(_head_bytes(conv, HeadSettings(**head)) for head in group.body.get("heads") or [model["head"] for model in models])
     free = torch.cuda.mem_get_info(device)[0]
@@ -638,7 +638,7 @@ def write_plan(folder: Path, grid: str, preset: str, found: list[Group], device:
         last = next(i for i, cell in enumerate(notebook.cells) if "group" in cell.metadata.get("tags", []))
         notebook.cells = notebook.cells[: last + 1]
         atomic_write(folder / f"{name}.ipynb", nbformat.writes(notebook).encode())
-    kept = 4.0 if memory is None else memory
+    kept = MEMORY if memory is None else memory
     told = [
         dict(id=group.id, title=group.title, kind=group.kind, data=group.data, body=group.body, needs=group.needs, notebook=NOTEBOOKS[group.kind], threads=threads,
              mem_mb=round(1024 * costs.of(group, kept).gib)) | ({"seconds": round(times[group.id], 1)} if group.id in times else {})
@@ -649,7 +649,7 @@ def write_plan(folder: Path, grid: str, preset: str, found: list[Group], device:
     return folder / "groups.json"
 
 
-def expected(found: list[Group], rates: costs.Rates, memory: float = 4.0, tell=None) -> dict[str, float]:
+def expected(found: list[Group], rates: costs.Rates, memory: float = MEMORY, tell=None) -> dict[str, float]:
     """Seconds of each group, its notebook's start included. What has not been measured is measured, which takes a second or so a setting."""
     each, start = {}, costs.start(rates)
     for i, group in enumerate(found):
@@ -659,7 +659,7 @@ def expected(found: list[Group], rates: costs.Rates, memory: float = 4.0, tell=N
     return each
 
 
-def plan(found: list[Group], times: dict[str, float], workers: int, todo: list[Group], memory: float = 4.0) -> str:
+def plan(found: list[Group], times: dict[str, float], workers: int, todo: list[Group], memory: float = MEMORY) -> str:
     """What a sweep costs, as text: numbers, operations, disk and time, of all of it and of what is still to do."""
     rows = [f"{'':10}{'groups':>8}{'records':>10}{'Tflop':>12}{'disk':>12}{'core time':>12}"]
     for kind in (*NOTEBOOKS, "all"):
@@ -747,7 +747,7 @@ def main(words: list[str]) -> int:
         print(status(found, store, folder, workers))
         return 0
     todo = [group for group in found if missing(group, store)]
-    memory = 4.0 if given.memory is None else given.memory
+    memory = MEMORY if given.memory is None else given.memory
     times = {} if given.no_estimate or device.type != "cpu" else expected(found, costs.Rates(given.threads), memory, _counter(found))
     print(plan(found, times, workers, todo, memory), flush=True)
     if given.do == "plan" or not todo:
