@@ -337,77 +337,105 @@ gather_gradient(const float *patches, int64_t D, const float *grad, const int32_
         *(vf *)(gradient + i * VL) += (sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i]);
 }
 
+/* Of one filter: the places that won its Q poolings, each once, with the sum of its slopes; returns how many that are not 0. Windows
+   overlap, so there are a half to a fifth as many. sum and old, one for each place, are 0 before and after. */
+static inline int64_t merge(const float *grad, const int32_t *where, int64_t Q, float *sum, int32_t *old, float *g, int32_t *place)
+{
+    int64_t found = 0, left = 0;
+    for (int64_t k = 0; k < Q; k++) { /* no branch: what comes is not to be foreseen */
+        int32_t at = where[k];
+        place[found] = at;
+        found += !old[at];
+        old[at] = 1;
+        sum[at] += grad[k];
+    }
+    for (int64_t k = 0; k < found; k++) {
+        int32_t at = place[k];
+        place[left] = at;
+        g[left] = sum[at];
+        left += sum[at] != 0;
+        sum[at] = 0;
+        old[at] = 0;
+    }
+    return left;
+}
+
 /* The gradient of the filters (F, C, w, w) and of the bias, added to dweight and dbias: grad and where are (count, F, Q).
-   scratch: side * across * D floats, and Q. */
+   scratch: H W (D + 2) + 2 Q floats. */
 void khnb_conv_pool_back(const float *images, int64_t count, int64_t C, int64_t H, int64_t W, int64_t w,
                          const float *grad, const int32_t *where, int64_t F, int64_t Q, float *dweight, float *dbias, float *scratch)
 {
     int64_t D = C * w * w, side = H - w + 1, across = W - w + 1;
-    int32_t *place = (int32_t *)(scratch + side * across * D);
+    float *sum = scratch + H * W * D, *g = sum + H * W;
+    int32_t *old = (int32_t *)(g + Q), *place = old + H * W;
+    memset(sum, 0, sizeof(float) * H * W);
+    memset(old, 0, sizeof(int32_t) * H * W);
     for (int64_t n = 0; n < count; n++, images += C * H * W) {
-        float *to = scratch; /* each patch in one piece */
         for (int64_t y = 0; y < side; y++)
-            for (int64_t x = 0; x < across; x++)
+            for (int64_t x = 0; x < across; x++) { /* each patch in one piece */
+                float *to = scratch + (y * W + x) * D;
                 for (int64_t c = 0; c < C; c++)
                     for (int64_t r = 0; r < w; r++, to += w)
                         for (int64_t j = 0; j < w; j++) to[j] = images[(c * H + y + r) * W + x + j];
-        for (int64_t f = 0; f < F; f++, grad += Q, where += Q) {
-            float total = 0;
-            for (int64_t k = 0; k < Q; k++) {
-                total += grad[k];
-                place[k] = where[k] / (int32_t)W * (int32_t)across + where[k] % (int32_t)W;
             }
+        for (int64_t f = 0; f < F; f++, grad += Q, where += Q) {
+            int64_t some = merge(grad, where, Q, sum, old, g, place), d = 0;
+            float total = 0;
+            for (int64_t k = 0; k < some; k++) total += g[k];
             dbias[f] += total;
-            int64_t d = 0;
-            for (; d + STRETCH <= D; d += STRETCH) gather_gradient(scratch + d, D, grad, place, Q, dweight + f * D + d);
-            for (int64_t k = 0; k < Q && d < D; k++)
-                for (int64_t i = d; i < D; i++) dweight[f * D + i] += grad[k] * scratch[place[k] * D + i];
+            for (; d + STRETCH <= D; d += STRETCH) gather_gradient(scratch + d, D, g, place, some, dweight + f * D + d);
+            for (int64_t k = 0; k < some && d < D; k++)
+                for (int64_t i = d; i < D; i++) dweight[f * D + i] += g[k] * scratch[place[k] * D + i];
         }
     }
 }
 
-static inline __attribute__((always_inline)) void
-spread(const float *weight, int64_t D, const float *grad, const int32_t *where, const float *out, const float *scale, int64_t W,
-       int64_t across, int64_t F, int64_t Q, float *patches, float *dscale)
-{
-    for (int64_t f = 0; f < F; f++, weight += D)
-        for (int64_t k = 0; k < Q; k++) {
-            float g = grad[f * Q + k];
-            if (g == 0) continue;
-            int64_t place = where[f * Q + k] / W * across + where[f * Q + k] % W;
-            if (scale) {
-                dscale[place] += g * out[f * Q + k] / scale[place];
-                g *= scale[place];
-            }
-            float *to = patches + place * D;
-            for (int64_t d = 0; d < D; d++) to[d] += g * weight[d];
-        }
-}
-
-/* The gradient of the images (count, C, H, W) and, if there is scale, of scale (count, side, across), added to dimages and dscale: of
-   the patches first, each in one piece, then of the pixels they share. weight (F, D); grad, where and out (count, F, Q).
-   scratch: side * across * D floats. */
-void khnb_conv_pool_images(const float *weight, int64_t count, int64_t C, int64_t H, int64_t W, int64_t w, const float *grad,
-                           const int32_t *where, const float *out, const float *scale, int64_t F, int64_t Q, float *dimages,
+/* The gradient of the images (count, C, H, W) and, if there is scale, of scale (count, side, across), added to dimages and dscale: place by
+   place, that of a patch from the filters that won something there, then of the pixels it shares. weight (F, D); grad and where
+   (count, F, Q). scratch: D + 3 H W + 4 F Q + F floats. */
+void khnb_conv_pool_images(const float *images, const float *weight, int64_t count, int64_t C, int64_t H, int64_t W, int64_t w,
+                           const float *grad, const int32_t *where, const float *scale, int64_t F, int64_t Q, float *dimages,
                            float *dscale, float *scratch)
 {
-    int64_t D = C * w * w, side = H - w + 1, across = W - w + 1;
-    for (int64_t n = 0; n < count; n++, grad += F * Q, where += F * Q, out += F * Q, dimages += C * H * W) {
-        memset(scratch, 0, sizeof(float) * side * across * D);
-        switch (D) { /* colour and the usual widths, unrolled */
-        case 48: spread(weight, 48, grad, where, out, scale, W, across, F, Q, scratch, dscale); break;
-        case 192: spread(weight, 192, grad, where, out, scale, W, across, F, Q, scratch, dscale); break;
-        case 432: spread(weight, 432, grad, where, out, scale, W, across, F, Q, scratch, dscale); break;
-        default: spread(weight, D, grad, where, out, scale, W, across, F, Q, scratch, dscale);
+    int64_t D = C * w * w, side = H - w + 1, across = W - w + 1, most = F * Q;
+    float *patch = scratch, *sum = patch + D, *g = sum + H * W, *sorted = g + most; /* slopes of activities, filter by filter and place by place */
+    int32_t *old = (int32_t *)(sorted + most), *end = old + H * W, *place = end + H * W, *filter = place + most, *some = filter + most;
+    memset(sum, 0, sizeof(float) * H * W);
+    memset(old, 0, sizeof(int32_t) * H * W);
+    for (int64_t n = 0; n < count; n++, grad += most, where += most, images += C * H * W, dimages += C * H * W) {
+        memset(end, 0, sizeof(int32_t) * H * W);
+        for (int64_t f = 0, i = 0; f < F; f++, i += some[f - 1]) {
+            some[f] = (int32_t)merge(grad + f * Q, where + f * Q, Q, sum, old, g + i, place + i);
+            for (int64_t k = i; k < i + some[f]; k++) end[place[k]]++;
         }
-        const float *from = scratch;
+        for (int64_t i = 0, before = 0; i < H * W; i++) {
+            int64_t here = end[i];
+            end[i] = (int32_t)before; /* where its slopes begin, for now */
+            before += here;
+        }
+        for (int64_t f = 0, i = 0; f < F; f++)
+            for (int64_t k = 0; k < some[f]; k++, i++) {
+                int32_t to = end[place[i]]++;
+                sorted[to] = g[i];
+                filter[to] = (int32_t)f;
+            }
         for (int64_t y = 0; y < side; y++)
-            for (int64_t x = 0; x < across; x++)
+            for (int64_t x = 0; x < across; x++) {
+                int64_t at = y * W + x, first = at ? end[at - 1] : 0, d = 0;
+                if (first == end[at]) continue;
+                float by = scale ? scale[y * across + x] : 1, slope = 0, *from = patch;
+                memset(patch, 0, sizeof(float) * D);
+                for (; d + STRETCH <= D; d += STRETCH) gather_gradient(weight + d, D, sorted + first, filter + first, end[at] - first, patch + d);
+                for (int64_t k = first; k < end[at] && d < D; k++)
+                    for (int64_t i = d; i < D; i++) patch[i] += sorted[k] * weight[filter[k] * D + i];
                 for (int64_t c = 0; c < C; c++)
                     for (int64_t r = 0; r < w; r++, from += w) {
-                        float *to = dimages + (c * H + y + r) * W + x;
-                        for (int64_t j = 0; j < w; j++) to[j] += from[j];
+                        int64_t row = (c * H + y + r) * W + x;
+                        for (int64_t j = 0; j < w; j++) slope += from[j] * images[row + j]; /* of the scale: the activities, times their slopes */
+                        for (int64_t j = 0; j < w; j++) dimages[row + j] += by * from[j];
                     }
+                if (scale) dscale[y * across + x] += slope;
+            }
         if (scale) scale += side * across, dscale += side * across;
     }
 }

@@ -73,7 +73,7 @@ def _library():
     library.khnb_learn.restype = number
     library.khnb_conv_pool.argtypes = [place] + [number] * 5 + [place] * 3 + [number] * 3 + [place, number] + [place] * 3
     library.khnb_conv_pool_back.argtypes = [place] + [number] * 5 + [place] * 2 + [number] * 2 + [place] * 3
-    library.khnb_conv_pool_images.argtypes = [place] + [number] * 5 + [place] * 4 + [number] * 2 + [place] * 3
+    library.khnb_conv_pool_images.argtypes = [place] * 2 + [number] * 5 + [place] * 3 + [number] * 2 + [place] * 3
     library.khnb_heads.argtypes = [place] * 2 + [number] * 3 + [ctypes.c_float] + [number] * 2 + [place] * 7
     library.khnb_activated.argtypes = [place] * 2 + [number, ctypes.c_int, number, ctypes.c_float, place]
     for name in ("sizes", "gather", "scales", "conv_pool", "conv_pool_back", "conv_pool_images", "heads", "activated"):
@@ -260,15 +260,16 @@ class _ConvPool(torch.autograd.Function):
     def _native(images, weight, scale, where, out, grad, pool, of_images, of_weight, of_bias, of_scale):
         count, channels, height, width = images.shape
         filters, w = len(weight), weight.shape[-1]
-        found = torch.zeros_like(images) if of_images else None
-        slope = torch.zeros_like(scale) if of_scale or of_images and scale is not None else None
+        found = torch.zeros_like(images) if of_images or of_scale else None
+        slope = None if found is None or scale is None else torch.zeros_like(scale)
 
         def work(start, stop):
-            scratch = torch.empty((height - w + 1) * (width - w + 1) * channels * w * w + where[0, 0].numel())
-            if of_images or of_scale:
+            size, pixels, outputs = channels * w * w, height * width, where[0, 0].numel()
+            scratch = torch.empty(max(pixels * (size + 2) + 2 * outputs, size + 3 * pixels + (4 * outputs + 1) * filters))
+            if found is not None:
                 _library().khnb_conv_pool_images(
-                    weight.data_ptr(), stop - start, channels, height, width, w, grad[start:].data_ptr(), where[start:].data_ptr(),
-                    out[start:].data_ptr(), None if scale is None else scale[start:].data_ptr(), filters, where[0, 0].numel(),
+                    images[start:].data_ptr(), weight.data_ptr(), stop - start, channels, height, width, w, grad[start:].data_ptr(),
+                    where[start:].data_ptr(), None if scale is None else scale[start:].data_ptr(), filters, outputs,
                     found[start:].data_ptr(), None if slope is None else slope[start:].data_ptr(), scratch.data_ptr(),
                 )
             if not of_weight and not of_bias:
@@ -276,13 +277,13 @@ class _ConvPool(torch.autograd.Function):
             dweight, dbias = torch.zeros(weight.shape), torch.zeros(filters)
             _library().khnb_conv_pool_back(
                 images[start:].data_ptr(), stop - start, channels, height, width, w, grad[start:].data_ptr(), where[start:].data_ptr(),
-                filters, where[0, 0].numel(), dweight.data_ptr(), dbias.data_ptr(), scratch.data_ptr(),
+                filters, outputs, dweight.data_ptr(), dbias.data_ptr(), scratch.data_ptr(),
             )
             return dweight, dbias
 
         parts = _in_parts(count, work)
         dweight, dbias = (sum(p[0] for p in parts), sum(p[1] for p in parts)) if of_weight or of_bias else (None, None)
-        return found, dweight, dbias, slope
+        return found if of_images else None, dweight, dbias if of_bias else None, slope if of_scale else None
 
 
 def convolves(images: Tensor, weight: Tensor) -> bool:

@@ -189,6 +189,31 @@ class TestArchitecture:
         for fused, plain in zip(*found, strict=True):
             torch.testing.assert_close(fused, plain, atol=1e-5 * max(1, plain.abs().max().item()), rtol=1e-4)
 
+    @pytest.mark.parametrize(
+        ("more", "wanted"), [("", "images"), ("", "weight"), ("", "images weight"), ("bias", "images"), ("bias", "bias"), ("bias", "weight bias")]
+        + [("bias", "images weight bias"), ("scale", "images"), ("scale", "scale"), ("scale", "images scale")],
+    )  # fmt: skip
+    @pytest.mark.parametrize("w_pool", [1, 2, 5])
+    def test_the_gradients_that_are_asked_for(self, more, wanted, w_pool):
+        """Without more, with a bias or with a scale; also where windows do not overlap, or share what won, and where slopes are 0."""
+        generator, made = torch.Generator().manual_seed(0), {}
+        for name, shape in dict(images=(3, 2, 13, 15), weight=(7, 2, 5, 5), bias=(7,), scale=(3, 1, 9, 11)).items():
+            made[name] = torch.rand(shape, generator=generator) + 0.1 if name in ("images", "weight", more) else None
+        slope, found = None, []
+        for double in (False, True):
+            given = {name: x if x is None else x.double() if double else x.clone() for name, x in made.items()}
+            for name in wanted.split():
+                given[name].requires_grad_()
+            x, k, b, s = given.values()
+            if double:
+                y = F.max_pool2d(F.conv2d(x, k, b) * (1 if s is None else s), w_pool, 2)
+            else:
+                y = native.conv_pool(x, k, b, w_pool, 2, scale=s)
+            slope = (torch.rand(y.shape, generator=generator) - 0.5).relu() if slope is None else slope
+            found.append(torch.autograd.grad(y, [given[name] for name in wanted.split()], slope.to(y.dtype)))
+        for mine, plain in zip(*found, strict=True):
+            torch.testing.assert_close(mine.double(), plain, atol=1e-5 * plain.abs().max().item(), rtol=1e-5)
+
     def test_scaled_filters_have_no_gradient_and_say_so(self):
         weight = torch.rand(3, 1, 4, 4, requires_grad=True)
         with pytest.raises(ValueError, match="needs a gradient"):
