@@ -65,9 +65,7 @@ class TestRule:
         assert norms[:, 1, 3].eq(0).all()
 
     @pytest.mark.parametrize(("neurons", "values", "count"), [(4, 27, 5), (100, 48, 150), (130, 75, 33)])
-    @pytest.mark.parametrize("by_q", [False, True])
-    @pytest.mark.parametrize("by_max", [False, True])
-    @pytest.mark.parametrize("orders", [[2.0, 3.0, 4.5], [2.0, 5.0]])
+    @pytest.mark.parametrize(("by_q", "by_max", "orders"), [(False, True, [2.0, 5.0]), (False, False, [2.0, 3.0, 4.5]), (True, True, [2.0, 3.0, 4.5]), (True, False, [2.0, 5.0])])
     def test_updates_and_wins(self, neurons, values, count, by_q, by_max, orders, gpu):
         generator = torch.Generator().manual_seed(0)
         which, m = [0, 1, len(orders) - 1], [2, 3, min(8, neurons)]
