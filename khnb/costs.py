@@ -148,15 +148,19 @@ def of(group, memory: float = MEMORY) -> Cost:
         for head in {(head.w_pool, head.s_pool): head for head in heads}.values():  # each pooling has a convolution of its own
             _pooled(cost, conv.K, conv.w, head, passes)
             cost.moved += (8 + kept) * _features(conv.K, conv.w, head) * passes
-        for head in {(head.w_pool, head.s_pool, head.sigma): head for head in heads}.values():  # taken, raised to float32, activated; read twice
+        same: dict[tuple, list[HeadSettings]] = {}
+        for head in heads:
+            same.setdefault((head.w_pool, head.s_pool, head.sigma), []).append(head)
+        for head, *others in same.values():  # features taken, raised to float32, activated; read twice, by four heads at a time
             seen = images["train"] * head.head_epochs
             cost.moved += (3 * kept + 20) * _features(conv.K, conv.w, head) * seen
+            cost.cached += 8 * (_up(1 + len(others), 4) / 4) * _features(conv.K, conv.w, head) * seen
             cost.launches += 36 * seen / head.head_batch
         for head in heads:
             size, seen = _features(conv.K, conv.w, head), images["train"] * head.head_epochs
             cost.flop += 4 * classes * size * seen
             cost.tensor += 4 * _up(classes, 16) * size * seen
-            cost.cached += 8 * size * seen
+            cost.cached += 4 * classes / 64 * size * seen  # its weights, by blocks of images
             cost.moved += 40 * classes * size * seen / head.head_batch  # AdamW
             cost.launches += 3 * seen / head.head_batch
             cost.disk += BYTES["model"] + (classes * size + conv.K**2 * D) * 4 * PACKED

@@ -16,6 +16,7 @@ from torch import Tensor
 from khnb.settings import PRELU_SLOPE
 
 NEURONS = 512  # at most, of a layer: more do not fit into the registers
+HEADS = 4  # classifiers that read the same features together, at most, for the same reason
 INF, SLOPE = tl.constexpr(float("inf")), tl.constexpr(PRELU_SLOPE)
 
 
@@ -328,33 +329,47 @@ def activated(x: Tensor, sigma: str, n: float, slope: Tensor | None = None, out:
 
 
 @triton.jit
-def _logits(features, powers, weight, partial, count, heads, D, classes, each, BB: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr):
-    """Of BB images and one head: features^n times its weights, over ``each`` of the features."""
-    head, b, part, c = tl.program_id(0), tl.program_id(1) * BB + tl.arange(0, BB), tl.program_id(2), tl.arange(0, BC)
-    n = tl.load(powers + head)
-    total = tl.zeros((BB, BC), tl.float32)
+def _logits(
+    features, powers, weight, partial, count, heads, D, classes, each, BH: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr
+):
+    """Of BB images and BH heads: features^n times the weights of each head, over ``each`` of the features, which are read once."""
+    b, part, c = tl.program_id(1) * BB + tl.arange(0, BB), tl.program_id(2), tl.arange(0, BC)
+    total = ()
+    for _ in tl.static_range(BH):
+        total += (tl.zeros((BB, BC), tl.float32),)
     for first in range(part * each, tl.minimum((part + 1) * each, D), BD):
-        d = first + tl.arange(0, BD)
+        d, sums = first + tl.arange(0, BD), ()
         y = tl.load(features + b.to(tl.int64)[:, None] * D + d[None, :], mask=(b[:, None] < count) & (d[None, :] < D), other=0.0)
-        w = tl.load(weight + (head * classes + c).to(tl.int64)[None, :] * D + d[:, None], mask=(c[None, :] < classes) & (d[:, None] < D), other=0.0)
-        total = tl.dot(_power(y, n), w, total, input_precision="tf32x3")
-    at = ((part * count + b) * heads + head)[:, None] * classes + c[None, :]
-    tl.store(partial + at, total, mask=(b[:, None] < count) & (c[None, :] < classes))
+        for h in tl.static_range(BH):
+            head = tl.minimum(tl.program_id(0) * BH + h, heads - 1)  # the last one again where there are no more
+            w = tl.load(weight + (head * classes + c).to(tl.int64)[None, :] * D + d[:, None], mask=(c[None, :] < classes) & (d[:, None] < D), other=0.0)
+            sums += (tl.dot(_power(y, tl.load(powers + head)), w, total[h], input_precision="tf32x3"),)
+        total = sums
+    for h in tl.static_range(BH):
+        head = tl.program_id(0) * BH + h
+        at = ((part * count + b) * heads + head)[:, None] * classes + c[None, :]
+        tl.store(partial + at, total[h], mask=(b[:, None] < count) & (c[None, :] < classes) & (head < heads))
 
 
 @triton.jit
-def _gradient(features, powers, slope, to, count, heads, D, classes, BB: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr):
-    """Of BD features and one head: what the slopes of its logits add to the gradients of its weights."""
-    head, d, c = tl.program_id(0), tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BC)
-    n = tl.load(powers + head)
-    total = tl.zeros((BD, BC), tl.float32)
+def _gradient(features, powers, slope, to, count, heads, D, classes, BH: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr):
+    """Of BD features and BH heads: what the slopes of their logits add to the gradients of their weights."""
+    d, c = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BC)
+    total = ()
+    for _ in tl.static_range(BH):
+        total += (tl.zeros((BD, BC), tl.float32),)
     for first in range(0, count, BB):
-        b = first + tl.arange(0, BB)
+        b, sums = first + tl.arange(0, BB), ()
         y = tl.load(features + b.to(tl.int64)[None, :] * D + d[:, None], mask=(b[None, :] < count) & (d[:, None] < D), other=0.0)
-        g = tl.load(slope + (b * heads + head)[:, None] * classes + c[None, :], mask=(b[:, None] < count) & (c[None, :] < classes), other=0.0)
-        total = tl.dot(_power(y, n), g, total, input_precision="tf32x3")
-    at, there = (head * classes + c).to(tl.int64)[None, :] * D + d[:, None], (c[None, :] < classes) & (d[:, None] < D)
-    tl.store(to + at, tl.load(to + at, mask=there, other=0.0) + total, mask=there)
+        for h in tl.static_range(BH):
+            head = tl.minimum(tl.program_id(0) * BH + h, heads - 1)
+            g = tl.load(slope + (b * heads + head)[:, None] * classes + c[None, :], mask=(b[:, None] < count) & (c[None, :] < classes), other=0.0)
+            sums += (tl.dot(_power(y, tl.load(powers + head)), g, total[h], input_precision="tf32x3"),)
+        total = sums
+    for h in tl.static_range(BH):
+        head = tl.program_id(0) * BH + h
+        at, there = (head * classes + c).to(tl.int64)[None, :] * D + d[:, None], (c[None, :] < classes) & (d[:, None] < D) & (head < heads)
+        tl.store(to + at, tl.load(to + at, mask=there, other=0.0) + total[h], mask=there)
 
 
 def logits(y: Tensor, powers: Tensor, weight: Tensor) -> Tensor:
@@ -365,14 +380,17 @@ def logits(y: Tensor, powers: Tensor, weight: Tensor) -> Tensor:
     (count, D), (heads, classes, _) = y.shape, weight.shape
     parts = max(1, min(8, D // 2048))  # enough programs for a GPU, with few heads as well
     each = triton.cdiv(triton.cdiv(D, parts), 32) * 32
-    partial = torch.empty(parts, count, heads, classes, device=y.device)
-    grid = heads, triton.cdiv(count, 64), parts  # heads first: those of the same images run side by side, and read them from the cache
-    _logits[grid](y, powers, weight, partial, count, heads, D, classes, each, BB=64, BD=32, BC=max(16, triton.next_power_of_2(classes)))
+    partial, together = torch.empty(parts, count, heads, classes, device=y.device), min(HEADS, triton.next_power_of_2(heads))
+    grid = triton.cdiv(heads, together), triton.cdiv(count, 64), parts  # heads first: those of the same images run side by side, and read them from the cache
+    _logits[grid](
+        y, powers, weight, partial, count, heads, D, classes, each, BH=together, BB=64, BD=32, BC=max(16, triton.next_power_of_2(classes)), num_warps=8
+    )
     return partial.sum(0)
 
 
 def gradients(y: Tensor, powers: Tensor, slope: Tensor, to: Tensor) -> None:
     """Add to ``to`` (heads, classes, D) the products of the slopes of the logits, (B, heads, classes), with y^n; see :func:`logits`."""
     (count, D), (_, heads, classes) = y.shape, slope.shape
-    grid = heads, triton.cdiv(D, 64)
-    _gradient[grid](y, powers, slope.contiguous(), to, count, heads, D, classes, BB=32, BD=64, BC=max(16, triton.next_power_of_2(classes)))
+    together = min(HEADS, triton.next_power_of_2(heads))
+    grid = triton.cdiv(heads, together), triton.cdiv(D, 64)
+    _gradient[grid](y, powers, slope.contiguous(), to, count, heads, D, classes, BH=together, BB=32, BD=64, BC=max(16, triton.next_power_of_2(classes)))

@@ -373,7 +373,7 @@ def test_they_compile_for_a_gpu_that_is_not_here():
             names = [name for name in kernel.arg_names if name not in constants]
             types = {name: next((kind for kind, some in (("*i64", long), ("*i32", whole), ("*u8", bytes), ("i32", numbers)) if name in some.split()), "*fp32") for name in names}
             source = ASTSource(fn=kernel, signature=types | dict.fromkeys(constants, "constexpr"), constexprs=constants)
-            found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=8, num_stages=2) if kernel is k._rank else {})
+            found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=8, num_stages=2) if kernel is k._rank else dict(num_warps=8) if kernel is k._logits else {})
             assert found.metadata.shared <= 227 * 1024, found.metadata.shared
             assert len(found.asm["cubin"]) > 0 and products == ("mma" in found.asm["ptx"] and "tf32" in found.asm["ptx"])
             print(kernel.__name__, found.metadata.shared)
@@ -388,8 +388,8 @@ def test_they_compile_for_a_gpu_that_is_not_here():
         for kind in (dict(BIASED=True, SCALED=False, PLACES=True), dict(BIASED=False, SCALED=True, PLACES=False)):
             made(k._conv_pool, numbers=numbers, long="where", BN=64, BF=16, BD=16, **kind)
         made(k._filters, numbers="count filters C H W w side across", BF=64, BD=64, BN=16)
-        made(k._logits, numbers="count heads D classes each", BB=64, BD=32, BC=16)
-        made(k._gradient, numbers="count heads D classes", BB=32, BD=64, BC=16)
+        made(k._logits, numbers="count heads D classes each", BH=4, BB=64, BD=32, BC=16)
+        made(k._gradient, numbers="count heads D classes", BH=4, BB=32, BD=64, BC=16)
     """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=300)
