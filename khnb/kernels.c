@@ -445,6 +445,20 @@ void khnb_conv_pool_images(const float *images, const float *weight, int64_t cou
 #define WIDE (2 * VL)
 #define OUTS 5 /* outputs computed together */
 
+static inline __attribute__((always_inline)) vf whole_power(vf x, int64_t n)
+{
+    vf found = (vf){0} + 1;
+    int begun = 0;
+    for (; n; n >>= 1) { /* repeated squaring, as in khnb/models.py */
+        if (n & 1) {
+            found = begun ? found * x : x;
+            begun = 1;
+        }
+        if (n > 1) x *= x;
+    }
+    return found;
+}
+
 /* y^n of rows of features (some, D), from d on at most DEEP of them, as (blocks, IMAGES + 1, WIDE), padded with zeros: the
    extra image keeps equal places of the blocks from falling into the same lines of the cache. */
 static void powers(const float *y, int64_t some, int64_t D, int64_t d, int64_t n, float *a)
@@ -455,19 +469,8 @@ static void powers(const float *y, int64_t some, int64_t D, int64_t d, int64_t n
             const float *from = y + i * D + first;
             float last[WIDE] = {0};
             if (D - first < WIDE) from = memcpy(last, from, sizeof(float) * (D - first));
-            vf x0 = *(const vf *)from, x1 = *(const vf *)(from + VL), y0 = x0, y1 = x1;
-            int begun = n & 1;
-            for (int64_t rest = n >> 1; rest; rest >>= 1) { /* repeated squaring, as in khnb/models.py */
-                x0 *= x0;
-                x1 *= x1;
-                if (rest & 1) {
-                    y0 = begun ? y0 * x0 : x0;
-                    y1 = begun ? y1 * x1 : x1;
-                    begun = 1;
-                }
-            }
-            *(vf *)to = y0;
-            *(vf *)(to + VL) = y1;
+            *(vf *)to = whole_power(*(const vf *)from, n);
+            *(vf *)(to + VL) = whole_power(*(const vf *)(from + VL), n);
         }
     }
 }
@@ -646,20 +649,6 @@ static inline __attribute__((always_inline)) vf activation(vf x, int sigma, floa
     }
     *slope = CHOOSE(number, *slope, x);
     return CHOOSE(number, value, x);
-}
-
-static inline __attribute__((always_inline)) vf whole_power(vf x, int64_t n)
-{
-    vf found = (vf){0} + 1;
-    int begun = 0;
-    for (; n; n >>= 1) { /* repeated squaring, as in khnb/models.py */
-        if (n & 1) {
-            found = begun ? found * x : x;
-            begun = 1;
-        }
-        if (n > 1) x *= x;
-    }
-    return found;
 }
 
 static inline __attribute__((always_inline)) void
