@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from khnb import learning, models, runner, sweeps, training
 from khnb.attacks import gradient
 from khnb.heads import Head, train_heads
 from khnb.models import n_features
-from khnb.native import cache_dir
+from khnb.native import cache_dir, read_together
 from khnb.results import Store, atomic_write, default_root, pack, provenance
 from khnb.settings import MEMORY, ConvSettings, HeadSettings
 
@@ -33,6 +34,7 @@ from khnb.settings import MEMORY, ConvSettings, HeadSettings
 #: 10,000), and how far they move until it is wrong, in units of the pixel range
 ATTACKED, MOVED = 0.45, 0.03
 LOOKS = 250  # about how many gradients an audit takes for each of its images
+SIGMA, SPLIT = 25, 3  # instructions of a GPU, about, for an activation function of a feature, and to take it apart into two of TF32
 BYTES = dict(layer=2200, probe=6000, model=15_000, attack=2000)  # of a record, the text
 PACKED = 0.93  # share of its size that an array of float32 keeps when it is compressed
 
@@ -129,7 +131,7 @@ def of(group, memory: float = MEMORY) -> Cost:
         seeds, convs = body.get("seeds", 1), [ConvSettings(**conv) for conv in body["convs"]]
         for conv in convs:
             F, D, patches = conv.K**2, channels * conv.w**2, _patches(group, conv) * seeds
-            block, wide = min(64, 2**14 // _power_of_two(F)), _up(F, 64)  # of kernels_gpu.changes
+            block, wide = min(64, 2**14 // _power_of_two(F)), _up(F, 64)  # of kernels_gpu.learn
             cost.flop += 4 * F * D * patches
             cost.tensor += 2 * (_power_of_two(F) + wide) * D * patches
             cost.cached += 4 * D * (F / block + wide / 64) * patches
@@ -148,22 +150,24 @@ def of(group, memory: float = MEMORY) -> Cost:
         for head in {(head.w_pool, head.s_pool): head for head in heads}.values():  # each pooling has a convolution of its own
             _pooled(cost, conv.K, conv.w, head, passes)
             cost.moved += (8 + kept) * _features(conv.K, conv.w, head) * passes
-        same: dict[tuple, list[HeadSettings]] = {}
+        same: dict[tuple, Counter] = {}
         for head in heads:
-            same.setdefault((head.w_pool, head.s_pool, head.sigma), []).append(head)
-        for head, *others in same.values():  # features taken, raised to float32, activated; read twice, by four heads at a time
-            seen = images["train"] * head.head_epochs
-            cost.moved += (3 * kept + 20) * _features(conv.K, conv.w, head) * seen
-            cost.cached += 8 * (_up(1 + len(others), 4) / 4) * _features(conv.K, conv.w, head) * seen
-            cost.launches += 36 * seen / head.head_batch
-        for head in heads:
-            size, seen = _features(conv.K, conv.w, head), images["train"] * head.head_epochs
+            seen, size = images["train"] * head.head_epochs, _features(conv.K, conv.w, head)
+            same.setdefault((head.w_pool, head.s_pool, head.sigma, size, seen, head.head_batch), Counter())[head.n] += 1
             cost.flop += 4 * classes * size * seen
-            cost.tensor += 4 * _up(classes, 16) * size * seen
             cost.cached += 4 * classes / 64 * size * seen  # its weights, by blocks of images
-            cost.moved += 40 * classes * size * seen / head.head_batch  # AdamW
-            cost.launches += 3 * seen / head.head_batch
+            cost.moved += (40 * size / head.head_batch + 8 + 8 * max(1, min(8, size // 2048))) * classes * seen  # gradients and AdamW; logits, in parts
             cost.disk += BYTES["model"] + (classes * size + conv.K**2 * D) * 4 * PACKED
+        for (*_, size, seen, batch), counts in same.items():
+            for each in set(counts.values()):  # classifiers of each of so many powers: features are read as they are kept, for both products
+                powers, (some, wide) = [n for n, count in counts.items() if count == each], read_together(each * classes)
+                blocks, times = -(-each * classes // wide), -(-len(powers) // some)
+                cost.moved += 2 * kept * times * size * seen
+                cost.cached += 2 * kept * times * blocks * size * seen
+                cost.tensor += 4 * len(powers) * blocks * wide * size * seen
+                cost.plain += 4 * blocks * (SIGMA * times + sum(SPLIT + _multiplications(n) for n in powers)) * size * seen
+                cost.launches += (2 * times + 3 + 6 * batch / images["train"]) * seen / batch  # the last of them once an epoch
+        cost.launches += (5 + len(heads) / 15) * images["train"] * epochs / min(head.head_batch for head in heads)  # numbers of images, labels, AdamW
         held = sum(sweeps._head_bytes(conv, head) for head in heads)
         cost.gib = 0.8 + held / 2**30 + min(memory, _activities(group) / 2**30)
         return cost
@@ -203,6 +207,11 @@ def _pooled(cost: Cost, K: int, w: int, head: HeadSettings, images: float) -> No
     places, near = K**2 * _side(w) ** 2, 5  # the first cache of a processor is about so many times faster than the one they share
     cost.tensor += 2 * datasets.SHAPE[0] * w**2 * _up(K**2, 16) / K**2 * places * images
     cost.cached += (8 * places + 4 * head.w_pool**2 * _features(K, w, head) / near) * images
+
+
+def _multiplications(n: float) -> int:
+    """That y^n takes; of a broken n about as long as its two special functions."""
+    return int(n).bit_length() + int(n).bit_count() - 2 if n == int(n) else 16
 
 
 def _up(count: int, block: int) -> int:

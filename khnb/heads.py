@@ -87,10 +87,18 @@ class Features:
                 x.copy_(torch.index_select(self.kept[pool], 0, index, out=rough))
             yield pool, x
 
+    def rows(self, index: Tensor) -> Iterator[tuple[tuple, Tensor, Tensor]]:
+        """The same, not copied where it is kept: for each pooling its entry, features (as they are kept, or float32) and which rows of them, (B,) int64."""
+        if (index < len(self.kept[self.pools[0]])).all():
+            index = index.to(self.device)
+            yield from ((pool, self.kept[pool], index) for pool in self.pools)
+        else:
+            yield from ((pool, x, torch.arange(len(x), device=self.device)) for pool, x in self.of(index))
+
 
 @dataclass
 class _Sums:
-    """What is added up over a minibatch for heads with the same features: gradients, loss and hits."""
+    """What is added up for heads with the same features: gradients over a minibatch, loss and hits over an epoch."""
 
     weight: Tensor  # (heads, classes, features)
     bias: Tensor  # (heads, classes)
@@ -121,42 +129,39 @@ class _Sums:
 
 
 class _Together:
-    """Heads with the same pooling and activation function, and, but on a GPU, the same power. Their weights lie side by side, in one tensor."""
+    """Heads with the same pooling, activation function and power; on a GPU, with several powers, as many of each. Their weights lie side by side, in one tensor."""
 
-    def __init__(self, heads: list[Head], powers: list[float]):
-        self.heads, self.n = heads, powers[0]
-        self.weight = torch.stack([head.network.linear.weight.data for head in heads])
-        self.bias = torch.stack([head.network.linear.bias.data for head in heads])
-        for head, weight, bias in zip(heads, self.weight, self.bias, strict=True):
-            head.network.linear.weight.data, head.network.linear.bias.data = weight, bias
-        self.served, self.powers = native.classifies(self.weight), self.weight.new_tensor(powers)
+    def __init__(self, by_n: dict[float, list[Head]]):
+        self.powers, self.heads = list(by_n), [head for heads in by_n.values() for head in heads]
+        self.weight = torch.stack([head.network.linear.weight.data for head in self.heads])
+        self.bias = torch.stack([head.network.linear.bias.data for head in self.heads])
+        self.served = native.classifies(self.weight)
         self.sums = [_Sums.zero(self.weight) for _ in range(torch.get_num_threads() if self.served else 1)]
-        self.loss, self.right = torch.zeros_like(self.sums[0].loss), torch.zeros_like(self.sums[0].right)
+        for head, *each in zip(self.heads, self.weight, self.bias, self.sums[0].weight, self.sums[0].bias, strict=True):
+            linear = head.network.linear
+            linear.weight.data, linear.bias.data, linear.weight.grad, linear.bias.grad = each
 
     def add(self, y: Tensor, labels: Tensor, share: float) -> None:
-        if gpu := native.gpu(self.weight):
-            slope = self.sums[0].judge(gpu.logits(y, self.powers, self.weight) + self.bias, labels, share)
-            gpu.gradients(y, self.powers, slope, self.sums[0].weight)
-        elif not self.served:
-            self.sums[0].add(y, labels, self.weight, self.bias, self.n, share)
-        elif self.n == int(self.n):
-            native.classify(y, labels, int(self.n), share, self.weight, self.bias, self.sums)
+        """Of minibatches, or parts of one, activated features and labels; ``share`` as in :meth:`_Sums.add`."""
+        (n,) = self.powers
+        if not self.served:
+            self.sums[0].add(y, labels, self.weight, self.bias, n, share)
+        elif n == int(n):
+            native.classify(y, labels, int(n), share, self.weight, self.bias, self.sums)
         else:
-            native.classify(y.pow(self.n), labels, 1, share, self.weight, self.bias, self.sums)
+            native.classify(y.pow(n), labels, 1, share, self.weight, self.bias, self.sums)
 
-    def update(self) -> None:
+    def add_up(self) -> None:
+        """The gradients of all threads, where the heads have theirs."""
         first, *others = self.sums
         for other in others:
-            for name in ("weight", "bias", "loss", "right"):
-                getattr(first, name).add_(getattr(other, name))
-                getattr(other, name).zero_()
-        for head, weight, bias in zip(self.heads, first.weight, first.bias, strict=True):
-            head.network.linear.weight.grad, head.network.linear.bias.grad = weight, bias
-            head.optimizer.step()
-        self.loss += first.loss
-        self.right += first.right
-        for name in ("weight", "bias", "loss", "right"):
-            getattr(first, name).zero_()
+            for to, more in ((first.weight, other.weight), (first.bias, other.bias)):
+                to.add_(more)
+                more.zero_()
+
+    def clear(self) -> None:
+        """Before the next minibatch."""
+        self.sums[0].weight.zero_(), self.sums[0].bias.zero_()
 
 
 @dataclass(eq=False)
@@ -251,16 +256,27 @@ def _each(together) -> list[_Together]:
 
 
 def _arrange(heads: list[Head], ways: dict) -> list[tuple[tuple, dict[str, list[_Together]]]]:
-    """Of each entry of :class:`Features`, of each activation function: the heads of each power."""
+    """Of each entry of :class:`Features`, of each activation function: the heads of each power; on a GPU those of all powers that as many heads have."""
     keys: dict = {}
     for head in heads:
         pool, sigma, n = ways[head]
-        each = None if native.gpu(head.network.linear.weight) else n
-        keys.setdefault(pool, {}).setdefault(sigma, {}).setdefault(each, []).append(head)
-    return [
-        (pool, {sigma: [_Together(of, [ways[head][2] for head in of]) for of in by_n.values()] for sigma, by_n in by_sigma.items()})
-        for pool, by_sigma in keys.items()
-    ]
+        keys.setdefault(pool, {}).setdefault(sigma, {}).setdefault(n, []).append(head)
+
+    def together(by_n: dict[float, list[Head]]) -> list[_Together]:
+        if not native.gpu(heads[0].network.linear.weight):
+            return [_Together({n: of}) for n, of in by_n.items()]
+        return [_Together({n: of for n, of in by_n.items() if len(of) == count}) for count in dict.fromkeys(map(len, by_n.values()))]
+
+    return [(pool, {sigma: together(by_n) for sigma, by_n in by_sigma.items()}) for pool, by_sigma in keys.items()]
+
+
+def _joined(heads: list[Head]) -> torch.optim.AdamW:
+    """What takes the step of all their optimizers, which have the same settings, at once: on a GPU one launch in place of one each. It works on their states."""
+    learned = {parameter: head.optimizer for head in heads for parameter in head.optimizer.param_groups[0]["params"]}
+    joined = torch.optim.AdamW(list(learned), lr=heads[0].optimizer.param_groups[0]["lr"], fused=True)
+    for parameter, optimizer in learned.items():
+        joined.state[parameter] = optimizer.state[parameter]
+    return joined
 
 
 def _activated(x: Tensor, sigma: str, room: Tensor) -> Tensor:
@@ -277,30 +293,42 @@ def _activated(x: Tensor, sigma: str, room: Tensor) -> Tensor:
 @torch.no_grad()
 def _train_epoch(features: Features, labels: Tensor, together: list, active: list[Head], epoch: int) -> None:
     started, settings = time.perf_counter(), active[0].network.head
-    every = _each(together)
+    every, by_eta = _each(together), {}
     for one in every:
-        one.loss.zero_(), one.right.zero_()
+        for sums in one.sums:
+            sums.loss.zero_(), sums.right.zero_()
     for head in active:
         s = head.network.head
-        head.optimizer.param_groups[0]["lr"] = schedule(s.head_scheduler, s.head_eta0, epoch, s.head_epochs, s.tau, s.gamma, s.s_step)
-    by_pool, room = dict(together), torch.empty_like(features.room)
+        eta = head.optimizer.param_groups[0]["lr"] = schedule(s.head_scheduler, s.head_eta0, epoch, s.head_epochs, s.tau, s.gamma, s.s_step)
+        by_eta.setdefault(eta, []).append(head)
+    by_pool, optimizers, kernels = dict(together), [_joined(heads) for heads in by_eta.values()], native.gpu(features.kernel)
+    room = torch.empty_like(features.room[: 0 if kernels else None])
     order = epoch_order(len(features.images), settings.head_order, epoch)
     for index in order.split(settings.head_batch):
         for part in index.split(features.part):
-            target = labels[part.to(labels.device)]
-            for pool, x in features.of(part):
+            target, share = labels[part.to(labels.device)], 1 / len(index)
+            for pool, x, *rows in features.rows(part) if kernels else features.of(part):
                 for sigma, ones in by_pool.get(pool, {}).items():
-                    y = _activated(x, sigma, room) if sigma else x
+                    y = _activated(x, sigma, room) if sigma and not kernels else x
                     for one in ones:
-                        one.add(y, target, 1 / len(index))
+                        if kernels:
+                            kernels.classify(y, *rows, sigma, one.powers, target, share, one.weight, one.bias, one.sums[0])
+                        else:
+                            one.add(y, target, share)
         for one in every:
-            one.update()
+            one.add_up()
+        for optimizer in optimizers:
+            optimizer.step()
+        for one in every:
+            one.clear()
     seconds, count = (time.perf_counter() - started) / len(active), len(labels)
     for one in every:
-        for head, loss, right in zip(one.heads, one.loss.tolist(), one.right.tolist(), strict=True):
+        sums = (sum(getattr(each, name) for each in one.sums).tolist() for name in ("loss", "right"))
+        largest = torch.linalg.vector_norm(one.weight, float("inf"), (1, 2)).tolist()  # no number if one of them is none
+        for head, loss, right, size in zip(one.heads, *sums, largest, strict=True):
             eta = head.optimizer.param_groups[0]["lr"]
             head.history.append(dict(epoch=epoch + 1, eta=eta, loss=loss / count, accuracy=right / count, seconds=seconds))
-            if not (math.isfinite(loss) and head.network.linear.weight.isfinite().all()):
+            if not (math.isfinite(loss) and math.isfinite(size)):
                 head.stopped = f"the loss stopped being finite in epoch {epoch + 1}: lower head_eta0={head.network.head.head_eta0:g}"
 
 

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from khnb.native import read_together
 from khnb.settings import PRELU_SLOPE
 
 NEURONS = 512  # at most, of a layer: more do not fit into the registers
-HEADS = 4  # classifiers that read the same features together, at most, for the same reason
 INF, SLOPE = tl.constexpr(float("inf")), tl.constexpr(PRELU_SLOPE)
 
 
@@ -37,6 +37,21 @@ def _whole_power(y, n):
             found *= y
         y *= y
         n = n // 2
+    return found
+
+
+@triton.jit
+def _raised(y, N: tl.constexpr):
+    """y^N, of a whole N by repeated squaring, written out: no loop keeps what comes next from being loaded."""
+    if N == N // 1:
+        found = tl.full(y.shape, 1.0, tl.float32)
+        for k in tl.static_range(16):
+            if N // 2**k % 2 == 1:
+                found *= y
+            if N // 2**k >= 2:
+                y *= y
+    else:
+        found = _power(y, N)
     return found
 
 
@@ -285,8 +300,10 @@ def _expm1(x):
 
 @triton.jit
 def _sigma(x, NAME: tl.constexpr):
-    """The activation function of this name and its slope (eqs. 2.4-2.10), as PyTorch has them where there is none."""
-    if NAME == "sigmoid":
+    """The activation function of this name, "" for none, and its slope (eqs. 2.4-2.10), as PyTorch has them where there is none."""
+    if NAME == "":
+        value, slope = x, x * 0 + 1
+    elif NAME == "sigmoid":
         e = tl.exp(-tl.abs(x))
         value, slope = tl.where(x < 0, e, 1.0) / (1 + e), e / ((1 + e) * (1 + e))
     elif NAME == "tanh":
@@ -329,68 +346,100 @@ def activated(x: Tensor, sigma: str, n: float, slope: Tensor | None = None, out:
 
 
 @triton.jit
-def _logits(
-    features, powers, weight, partial, count, heads, D, classes, each, BH: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr
-):
-    """Of BB images and BH heads: features^n times the weights of each head, over ``each`` of the features, which are read once."""
-    b, part, c = tl.program_id(1) * BB + tl.arange(0, BB), tl.program_id(2), tl.arange(0, BC)
-    total = ()
-    for _ in tl.static_range(BH):
-        total += (tl.zeros((BB, BC), tl.float32),)
-    for first in range(part * each, tl.minimum((part + 1) * each, D), BD):
-        d, sums = first + tl.arange(0, BD), ()
-        y = tl.load(features + b.to(tl.int64)[:, None] * D + d[None, :], mask=(b[:, None] < count) & (d[None, :] < D), other=0.0)
-        for h in tl.static_range(BH):
-            head = tl.minimum(tl.program_id(0) * BH + h, heads - 1)  # the last one again where there are no more
-            w = tl.load(weight + (head * classes + c).to(tl.int64)[None, :] * D + d[:, None], mask=(c[None, :] < classes) & (d[:, None] < D), other=0.0)
-            sums += (tl.dot(_power(y, tl.load(powers + head)), w, total[h], input_precision="tf32x3"),)
-        total = sums
-    for h in tl.static_range(BH):
-        head = tl.program_id(0) * BH + h
-        at = ((part * count + b) * heads + head)[:, None] * classes + c[None, :]
-        tl.store(partial + at, total[h], mask=(b[:, None] < count) & (c[None, :] < classes) & (head < heads))
+def _features(features, id, d, there, D, NAME: tl.constexpr):
+    """sigma of some features of some rows, as they are kept."""
+    y, _ = _sigma(tl.load(features + id * D + d, mask=there, other=0.0).to(tl.float32), NAME)
+    return y
 
 
 @triton.jit
-def _gradient(features, powers, slope, to, count, heads, D, classes, BH: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr):
-    """Of BD features and BH heads: what the slopes of their logits add to the gradients of their weights."""
-    d, c = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BC)
-    total = ()
-    for _ in tl.static_range(BH):
+def _logits(
+    features, rows, weight, partial, count, D, columns, width, each, NAME: tl.constexpr, POWERS: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr
+):
+    """Of BB images and, for each of the powers n, BC of its columns of weights: sigma(features)^n times the weights, over ``each`` of the features."""
+    c, b, part, total = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1) * BB + tl.arange(0, BB), tl.program_id(2), ()
+    id = tl.load(rows + b, mask=b < count, other=0)[:, None]
+    for _ in tl.static_range(len(POWERS)):
+        total += (tl.zeros((BB, BC), tl.float32),)
+    for first in range(part * each, tl.minimum((part + 1) * each, D), BD):
+        d, sums = first + tl.arange(0, BD), ()
+        y = _features(features, id, d[None, :], (b[:, None] < count) & (d[None, :] < D), D, NAME)
+        for i in tl.static_range(len(POWERS)):
+            w = tl.load(weight + (i * columns + c).to(tl.int64)[None, :] * D + d[:, None], mask=(c[None, :] < columns) & (d[:, None] < D), other=0.0)
+            sums += (tl.dot(_raised(y, POWERS[i]), w, total[i], input_precision="tf32x3"),)
+        total = sums
+    for i in tl.static_range(len(POWERS)):
+        to = (part * count + b)[:, None] * width + (i * columns + c)[None, :]
+        tl.store(partial + to, total[i], mask=(b[:, None] < count) & (c[None, :] < columns))
+
+
+@triton.jit
+def _judge(partial, bias, labels, slope, dbias, loss, right, share, parts, count, heads, classes, BB: tl.constexpr, BC: tl.constexpr):
+    """Of one head: the slope of share * (sum of the cross-entropies) by each logit; that by the bias, loss and hits are added up."""
+    head, c, total, lost, hits = tl.program_id(0), tl.arange(0, BC), tl.zeros((BC,), tl.float32), tl.full((), 0.0, tl.float64), tl.full((), 0, tl.int64)
+    offset = tl.load(bias + head * classes + c, mask=c < classes, other=-INF)
+    for first in range(0, count, BB):
+        b = first + tl.arange(0, BB)
+        at, there, x = (b * heads + head)[:, None] * classes + c[None, :], (b[:, None] < count) & (c[None, :] < classes), tl.zeros((BB, BC), tl.float32)
+        for part in range(parts):
+            x += tl.load(partial + part * count * heads * classes + at, mask=there, other=0.0)
+        x += offset[None, :]
+        label = tl.load(labels + b, mask=b < count, other=0)
+        own, guess = c[None, :] == label[:, None], tl.argmax(x, 1, tie_break_left=True)
+        x -= tl.max(x, 1)[:, None]
+        size = tl.sum(tl.exp(x), 1)
+        found = tl.where(there, (tl.exp(x) / size[:, None] - tl.where(own, 1.0, 0.0)) * share, 0.0)
+        tl.store(slope + at, found, mask=there)
+        total += tl.sum(found, 0)
+        missed = tl.log(size) - tl.sum(tl.where(own, x, 0.0), 1)
+        lost += tl.sum(tl.where(b < count, missed, 0.0).to(tl.float64))
+        hits += tl.sum(tl.where((b < count) & (guess == label), 1, 0).to(tl.int64))
+    to = dbias + head * classes + c
+    tl.store(to, tl.load(to, mask=c < classes, other=0.0) + total, mask=c < classes)
+    tl.store(loss + head, tl.load(loss + head) + lost)
+    tl.store(right + head, tl.load(right + head) + hits)
+
+
+@triton.jit
+def _gradient(
+    features, rows, slope, to, count, D, columns, width, NAME: tl.constexpr, POWERS: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr
+):
+    """Of BD features and, for each of the powers, BC of its columns of weights: what the slopes of their logits add to the gradients of the weights."""
+    c, d, total = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1) * BD + tl.arange(0, BD), ()
+    for _ in tl.static_range(len(POWERS)):
         total += (tl.zeros((BD, BC), tl.float32),)
     for first in range(0, count, BB):
         b, sums = first + tl.arange(0, BB), ()
-        y = tl.load(features + b.to(tl.int64)[None, :] * D + d[:, None], mask=(b[None, :] < count) & (d[:, None] < D), other=0.0)
-        for h in tl.static_range(BH):
-            head = tl.minimum(tl.program_id(0) * BH + h, heads - 1)
-            g = tl.load(slope + (b * heads + head)[:, None] * classes + c[None, :], mask=(b[:, None] < count) & (c[None, :] < classes), other=0.0)
-            sums += (tl.dot(_power(y, tl.load(powers + head)), g, total[h], input_precision="tf32x3"),)
+        id = tl.load(rows + b, mask=b < count, other=0)[None, :]
+        y = _features(features, id, d[:, None], (b[None, :] < count) & (d[:, None] < D), D, NAME)
+        for i in tl.static_range(len(POWERS)):
+            g = tl.load(slope + b[:, None] * width + (i * columns + c)[None, :], mask=(b[:, None] < count) & (c[None, :] < columns), other=0.0)
+            sums += (tl.dot(_raised(y, POWERS[i]), g, total[i], input_precision="tf32x3"),)
         total = sums
-    for h in tl.static_range(BH):
-        head = tl.program_id(0) * BH + h
-        at, there = (head * classes + c).to(tl.int64)[None, :] * D + d[:, None], (c[None, :] < classes) & (d[:, None] < D) & (head < heads)
-        tl.store(to + at, tl.load(to + at, mask=there, other=0.0) + total[h], mask=there)
+    for i in tl.static_range(len(POWERS)):
+        place, there = (i * columns + c).to(tl.int64)[None, :] * D + d[:, None], (c[None, :] < columns) & (d[:, None] < D)
+        tl.store(to + place, tl.load(to + place, mask=there, other=0.0) + total[i], mask=there)
 
 
-def logits(y: Tensor, powers: Tensor, weight: Tensor) -> Tensor:
-    """(B, heads, classes) of classifiers without bias on y^n, each head with its n.
+def classify(features: Tensor, rows: Tensor, sigma: str, powers: list[float], labels: Tensor, share: float, weight: Tensor, bias: Tensor, to) -> None:
+    """Softmax classifiers on sigma(features)^n of some rows: gradients of share * (sum of the cross-entropies), loss and hits are added to ``to``.
 
-    y : (B, D); powers : (heads,), at least 1; weight : (heads, classes, D). All float32, contiguous.
+    features : (N, D), of any floating-point type, contiguous; rows, labels : (B,) int64; sigma : "" for none; powers : each n, at least 1;
+    weight : (heads, classes, D) and bias : (heads, classes), as many heads for each power, one power after the other; to : as in
+    :func:`khnb.native.classify`, of one thread.
     """
-    (count, D), (heads, classes, _) = y.shape, weight.shape
-    parts = max(1, min(8, D // 2048))  # enough programs for a GPU, with few heads as well
-    each = triton.cdiv(triton.cdiv(D, parts), 32) * 32
-    partial, together = torch.empty(parts, count, heads, classes, device=y.device), min(HEADS, triton.next_power_of_2(heads))
-    grid = triton.cdiv(heads, together), triton.cdiv(count, 64), parts  # heads first: those of the same images run side by side, and read them from the cache
-    _logits[grid](
-        y, powers, weight, partial, count, heads, D, classes, each, BH=together, BB=64, BD=32, BC=max(16, triton.next_power_of_2(classes)), num_warps=8
+    (count,), (heads, classes, D), each = rows.shape, weight.shape, len(weight) // len(powers)
+    columns, parts = each * classes, max(1, min(8, D // 2048))  # enough programs for a GPU, with few heads as well
+    share_of_part, (some, wide) = triton.cdiv(triton.cdiv(D, parts), 16) * 16, read_together(columns)
+    partial, slope = torch.empty(parts, count, heads, classes, device=weight.device), torch.empty(count, heads, classes, device=weight.device)
+    together = [(tuple(powers[i : i + some]), slice(i * each, (i + some) * each)) for i in range(0, len(powers), some)]
+    blocks, how = triton.cdiv(columns, wide), dict(BC=wide, num_warps=8)
+    for n, of in together:
+        _logits[blocks, triton.cdiv(count, 64), parts](
+            features, rows, weight[of], partial[:, :, of], count, D, columns, heads * classes, share_of_part, NAME=sigma, POWERS=n, BB=64, BD=16, **how
+        )
+    _judge[heads,](
+        partial, bias, labels, slope, to.bias, to.loss, to.right, share, parts, count, heads, classes, BB=64, BC=max(16, triton.next_power_of_2(classes))
     )
-    return partial.sum(0)
-
-
-def gradients(y: Tensor, powers: Tensor, slope: Tensor, to: Tensor) -> None:
-    """Add to ``to`` (heads, classes, D) the products of the slopes of the logits, (B, heads, classes), with y^n; see :func:`logits`."""
-    (count, D), (_, heads, classes) = y.shape, slope.shape
-    together = min(HEADS, triton.next_power_of_2(heads))
-    grid = triton.cdiv(heads, together), triton.cdiv(D, 64)
-    _gradient[grid](y, powers, slope.contiguous(), to, count, heads, D, classes, BH=together, BB=32, BD=64, BC=max(16, triton.next_power_of_2(classes)))
+    for n, of in together:
+        _gradient[blocks, triton.cdiv(D, 64)](features, rows, slope[:, of], to.weight[of], count, D, columns, heads * classes, NAME=sigma, POWERS=n, BB=16, BD=64, **how)

@@ -36,7 +36,7 @@ def gpu():
 def served(gpu, monkeypatch):
     """The kernels instead of those of the CPU; returns how often each was called."""
     calls = {}
-    for name in ("gather", "learn", "conv_pool", "filters_gradient", "activated", "logits", "gradients"):
+    for name in ("gather", "learn", "conv_pool", "filters_gradient", "activated", "classify"):
 
         def counted(*given, name=name, call=getattr(gpu, name), **more):
             calls[name] = calls.get(name, 0) + 1
@@ -178,43 +178,57 @@ class TestActivation:
 
 
 class TestClassifiers:
-    @pytest.mark.parametrize(("count", "features", "classes"), [(1, 20, 10), (70, 300, 10), (33, 4500, 3)])
-    def test_logits_and_gradients(self, count, features, classes, gpu):
-        generator = torch.Generator().manual_seed(0)
-        powers = torch.tensor([1.0, 2.0, 5.0, 16.0, 1.5])
-        y = torch.rand(count, features, generator=generator)
-        y[:, 3] = 0
-        weight = torch.rand(len(powers), classes, features, generator=generator) - 0.5
-        slope = torch.rand(count, len(powers), classes, generator=generator) - 0.5
-        a = y.double()[:, None] ** powers.double()[:, None]  # B, heads, D
-        found = gpu.logits(*(x.to(DEVICE) for x in (y, powers, weight))).cpu().double()
-        expected = torch.einsum("bhd,hcd->bhc", a, weight.double())
-        torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
-        to = torch.ones(weight.shape, device=DEVICE)
-        gpu.gradients(*(x.to(DEVICE) for x in (y, powers, slope)), to)
-        expected = torch.einsum("bhc,bhd->hcd", slope.double(), a) + 1
-        torch.testing.assert_close(to.cpu().double(), expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
+    @pytest.mark.parametrize(
+        ("count", "features", "classes", "each", "sigma", "kept", "powers"),
+        [
+            (1, 20, 10, 1, "", torch.float32, [1, 2, 5, 16, 1.5]), (70, 300, 10, 3, "elu", torch.float16, [2, 4, 12]), (33, 4500, 3, 1, "gelu", torch.bfloat16, [4, 1]),
+            (130, 40, 10, 9, "relu", torch.float16, [3, 2.5]),
+        ],
+    )
+    def test_gradients_loss_and_hits(self, count, features, classes, each, sigma, kept, powers, gpu):
+        generator, heads = torch.Generator().manual_seed(0), each * len(powers)
+        x, rows = (torch.rand(count + 5, features, generator=generator) * 1.5).to(kept), torch.randint(0, count + 5, (count,), generator=generator)
+        x[:, 3] = 0
+        weight, bias = torch.rand(heads, classes, features, generator=generator) / features, torch.rand(heads, classes, generator=generator)
+        labels, n = torch.randint(0, classes, (count,), generator=generator), torch.tensor(powers, dtype=torch.float64).repeat_interleave(each)
+        learned = [each.double().requires_grad_() for each in (weight, bias)]
+        y = models.ACTIVATIONS[sigma](x[rows].double()) if sigma else x[rows].double()
+        said = torch.einsum("bhd,hcd->bhc", y[:, None] ** n[:, None], learned[0]) + learned[1]
+        loss = F.cross_entropy(said.flatten(0, 1), labels.repeat_interleave(heads), reduction="none").view(count, heads).sum(0)
+        (loss.sum() / 7).backward()
+        here, sums = [each.to(DEVICE) for each in (weight, bias)], heads_module._Sums.zero(weight.to(DEVICE))
+        for name in ("weight", "bias", "loss", "right"):
+            getattr(sums, name).fill_(1)  # they are added to
+        gpu.classify(x.to(DEVICE), rows.to(DEVICE), sigma, powers, labels.to(DEVICE), 1 / 7, *here, sums)
+        for name, expected in zip(("weight", "bias", "loss"), (learned[0].grad, learned[1].grad, loss.detach()), strict=True):
+            torch.testing.assert_close(getattr(sums, name).cpu().double() - 1, expected, atol=2e-6 * max(1, expected.abs().max().item()), rtol=1e-4)
+        assert torch.equal(sums.right.cpu() - 1, (said.argmax(2) == labels[:, None]).sum(0))
 
     def test_powers_of_negative_features(self, gpu):
-        y, powers = torch.tensor([[-0.5], [-2.0], [0.0], [3.0]]), torch.tensor([1.0, 2.0, 3.0, 1.5])
-        found = gpu.logits(y.to(DEVICE), powers.to(DEVICE), torch.ones(4, 1, 1, device=DEVICE)).cpu()[:, :, 0]
-        torch.testing.assert_close(found, y**powers, equal_nan=True)
-        assert found.isnan().sum() == 2
+        y, label, powers = torch.tensor([[-0.5], [-2.0], [0.0], [3.0]]), torch.zeros(1, dtype=torch.int64, device=DEVICE), [1, 2, 3, 1.5]
+        for i, x in enumerate(y.flatten()):
+            weight = torch.tensor([[[1.0], [0.0]]] * 4, device=DEVICE)
+            sums = heads_module._Sums.zero(weight)
+            gpu.classify(y.to(DEVICE), label + i, "", powers, label, 1.0, weight, torch.zeros(4, 2, device=DEVICE), sums)
+            a = x.double() ** torch.tensor(powers).double()
+            torch.testing.assert_close(sums.loss.cpu(), F.softplus(-a), equal_nan=True, rtol=1e-5, atol=1e-7)
+            assert sums.loss.isnan().tolist() == [False, False, False, x < 0]
 
-    def test_heads_are_those_of_plain_pytorch(self, served, sample, monkeypatch):
+    @pytest.mark.parametrize(("dtype", "memory"), [(torch.float32, 2**32), (torch.float16, 2**32), (torch.float32, 30 * 9 * 81 * 4)])
+    def test_heads_are_those_of_plain_pytorch(self, dtype, memory, served, sample, monkeypatch):
         monkeypatch.setattr(native, "classifies", lambda weight: False)
         weight = torch.rand(9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         settings = [
             HeadSettings(sigma=sigma, n=n, w_pool=9, head_epochs=2, head_batch=20, seed=seed)
-            for sigma, n, seed in [("relu", 1, 0), ("relu", 3, 0), ("relu", 2.5, 1), ("elu", 4, 0), ("elu", 4, 1)]
+            for sigma, n, seed in [("relu", 1, 0), ("relu", 1, 1), ("relu", 3, 0), ("relu", 2.5, 1), ("elu", 4, 0), ("elu", 4, 1)]
         ]
         found = []
         for kernels in (True, False):
             if not kernels:
-                assert served["logits"] == served["gradients"] == 2 * 2 * 2, "two activation functions, two epochs, two minibatches"
+                assert served["classify"] == 3 * 2 * 2, "two powers with one of ReLU and one with two, one of ELU; two epochs, two minibatches"
                 monkeypatch.setattr(native, "gpu", lambda tensor: None)
             heads = [Head(models.ll_network(weight, 3, each, 32, 10).to(DEVICE).eval()) for each in settings]
-            train_heads(heads, sample.train_images[:40], sample.train_labels[:40])
+            train_heads(heads, sample.train_images[:40], sample.train_labels[:40], dtype, memory)
             found.append(heads)
         for one, plain in zip(*found, strict=True):
             assert [row["accuracy"] for row in one.history] == [row["accuracy"] for row in plain.history]
@@ -222,7 +236,7 @@ class TestClassifiers:
             torch.testing.assert_close(one.network.linear.weight, plain.network.linear.weight, atol=1e-5, rtol=1e-4)
 
 
-KERNELS = ("_gather", "_rank", "_change", "_step", "_conv_pool", "_filters", "_activated", "_logits", "_gradient")
+KERNELS = ("_gather", "_rank", "_change", "_step", "_conv_pool", "_filters", "_activated", "_logits", "_judge", "_gradient")
 CACHED = ("room", "images")  # what kernels write and read again at once, and what is far smaller than what is made of it
 
 
@@ -243,7 +257,7 @@ class Counted(TorchDispatchMode):
                         kernel[grid](*given, **constants)
                     self.launches += 1
                     named = {name: x for name, x in zip(kernel.arg_names, given, strict=False) if isinstance(x, torch.Tensor)}
-                    both = dict(_step=("weight",), _gradient=("to",)).get(kernel.fn.__name__, ())
+                    both = dict(_step=("weight",), _judge=("dbias", "loss", "right"), _gradient=("to",)).get(kernel.fn.__name__, ())
                     seen = {x.data_ptr(): 0 if name in CACHED else _bytes(x) for name, x in reversed(named.items())}  # what is not there is an earlier one again
                     self.bytes += sum(seen.values()) + sum(_bytes(named[name]) for name in both)
 
@@ -369,11 +383,14 @@ def test_they_compile_for_a_gpu_that_is_not_here():
         from triton.compiler import ASTSource
         from khnb import kernels_gpu as k
 
-        def made(kernel, whole="", numbers="", long="", bytes="", products=True, **constants):
+        KINDS = dict(whole="*i32", numbers="i32", long="*i64", bytes="*u8", half="*fp16", double="*fp64", single="fp32")
+
+        def made(kernel, products=True, **constants):
+            kinds = {name: (kind, constants.pop(name).split()) for name, kind in KINDS.items() if name in constants}
             names = [name for name in kernel.arg_names if name not in constants]
-            types = {name: next((kind for kind, some in (("*i64", long), ("*i32", whole), ("*u8", bytes), ("i32", numbers)) if name in some.split()), "*fp32") for name in names}
+            types = {name: next((kind for kind, some in kinds.values() if name in some), "*fp32") for name in names}
             source = ASTSource(fn=kernel, signature=types | dict.fromkeys(constants, "constexpr"), constexprs=constants)
-            found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=8, num_stages=2) if kernel is k._rank else dict(num_warps=8) if kernel is k._logits else {})
+            found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=8, num_stages=2) if kernel is k._rank else dict(num_warps=8) if kernel in (k._logits, k._gradient) else {})
             assert found.metadata.shared <= 227 * 1024, found.metadata.shared
             assert len(found.asm["cubin"]) > 0 and products == ("mma" in found.asm["ptx"] and "tf32" in found.asm["ptx"])
             print(kernel.__name__, found.metadata.shared)
@@ -381,20 +398,22 @@ def test_they_compile_for_a_gpu_that_is_not_here():
         for name in ("sigmoid", "tanh", "relu", "prelu", "elu", "gelu", "rexp"):
             made(k._activated, numbers="n count", products=False, NAME=name, WHOLE=True, BACK=True, BN=1024)
         made(k._gather, numbers="N C H W w", long="ids", bytes="images", products=False, BYTES=True, BN=32, BD=64)
-        made(k._rank, "m winner inhibited", "N F D", "wins", BN=32, BF=512, BD=16)
-        made(k._change, "which winner inhibited", "apart N F D", BN=32, BF=64, BD=64)
+        made(k._rank, whole="m winner inhibited", numbers="N F D", long="wins", BN=32, BF=512, BD=16)
+        made(k._change, whole="which winner inhibited", numbers="apart N F D", BN=32, BF=64, BD=64)
         made(k._step, numbers="N F D", products=False, MOVES=True, BY_MAX=True, BY_Q=True, WHOLE=True, BF=4, BD=64)
         numbers = "count filters C H W w side across q step high wide"
         for kind in (dict(BIASED=True, SCALED=False, PLACES=True), dict(BIASED=False, SCALED=True, PLACES=False)):
             made(k._conv_pool, numbers=numbers, long="where", BN=64, BF=16, BD=16, **kind)
         made(k._filters, numbers="count filters C H W w side across", BF=64, BD=64, BN=16)
-        made(k._logits, numbers="count heads D classes each", BH=4, BB=64, BD=32, BC=16)
-        made(k._gradient, numbers="count heads D classes", BH=4, BB=32, BD=64, BC=16)
+        for sigma, powers, wide in (("gelu", (4, 6, 8, 10, 12, 2, 16, 1.5), 16), ("", (2,), 128)):
+            made(k._logits, numbers="count D columns width each", long="rows", half="features", NAME=sigma, POWERS=powers, BB=64, BD=16, BC=wide)
+            made(k._gradient, numbers="count D columns width", long="rows", half="features", NAME=sigma, POWERS=powers, BB=16, BD=64, BC=wide)
+        made(k._judge, products=False, numbers="parts count heads classes", long="labels right", double="loss", single="share", BB=64, BC=16)
     """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 16
+    assert len(done.stdout.splitlines()) == 19
 
 
 def test_the_benchmark_runs():
