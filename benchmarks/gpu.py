@@ -1,4 +1,4 @@
-"""What a GPU does of what ``khnb.costs`` expects of it: ``python benchmarks/gpu.py [--device cpu] [--small]``. **Not run on a GPU yet.**
+"""What a GPU does of what ``khnb.costs_gpu`` expects of it: ``python benchmarks/gpu.py [--device cpu] [--small]``. **Not run on a GPU yet.**
 
 For KH layers, classifiers, BP models and attacks, at shapes of the thesis: seconds with the kernels of ``khnb/kernels_gpu.py`` and without (plain PyTorch),
 in interleaved rounds, their ratio, and how the first compares with the estimate. A few minutes. On random images, as only times matter. ``--small``
@@ -13,7 +13,7 @@ from khnb import native  # before torch, whose threads it keeps from spinning
 
 import torch
 
-from khnb import attacks, costs, learning, models, sweeps, training
+from khnb import attacks, costs_gpu, learning, models, sweeps, training
 from khnb.heads import Head, train_heads
 from khnb.pipeline import pick_device
 from khnb.settings import ConvSettings, HeadSettings
@@ -65,8 +65,8 @@ def expected(group, images: int) -> float:
     if isinstance(group, tuple):
         group, *found = group
         sweeps.IMAGES["cifar10-sample"] = dict(train=0, test=images)
-        costs.looks = lambda *given: found
-    return costs.on_gpu(group)
+        costs_gpu.looks = lambda *given: found
+    return costs_gpu.seconds(group)
 
 
 def seconds(work, device) -> float:

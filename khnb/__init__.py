@@ -6,6 +6,7 @@ Data flows one way, and a module imports only from modules above it in this list
 :mod:`khnb.settings`    every hyperparameter: one name, one range, one default
 :mod:`khnb.data`        images, integrity checks, the embedded sample
 :mod:`khnb.patches`     patches and their p-norms
+:mod:`khnb.tiles_gpu`   how kernels_gpu.py cuts up its work
 :mod:`khnb.native`      what is compiled: kernels.c for a CPU, kernels_gpu.py for a GPU
 :mod:`khnb.layer`       the KH layer, forward (eqs. 4.2-4.4, 6.5)
 :mod:`khnb.learning`    the KH learning rule, schedules, f-score (eqs. 4.5-4.7, 6.1-6.4)
@@ -19,7 +20,8 @@ Data flows one way, and a module imports only from modules above it in this list
 :mod:`khnb.pipeline`    from settings to records: use what the store holds, compute the rest
 :mod:`khnb.runner`      one job of a sweep: a notebook run by papermill, and its lock
 :mod:`khnb.sweeps`      grids, the groups they make, what has become of them
-:mod:`khnb.costs`       what groups cost: operations, bytes, seconds here, hours on a GPU
+:mod:`khnb.costs`       what groups cost: operations, bytes, seconds here
+:mod:`khnb.costs_gpu`   the same on a GPU, by shapes
 :mod:`khnb.tables`      the tables, from records, beside the thesis's values
 :mod:`khnb.claims`      the thesis's claims, each with the number that decides it
 :mod:`khnb.coverage`    how much of the thesis is drawn again: the scoreboard

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from khnb import costs, data, sweeps, tables
+from khnb import costs, costs_gpu, data, sweeps, tables
 from khnb.results import Store, atomic_write
 
 PAGE = tables.REFERENCE.parent / "book" / "budget.md"
@@ -152,7 +152,7 @@ COLUMNS = dict(
 def page(record: dict) -> str:
     """The text of ``book/budget.md``, with the rates of this record."""
     rates = Rates(record["results"]["rates"])
-    budget, others, gpu = rows(rates), lists(rates), costs.thesis_on_gpu()
+    budget, others, gpu = rows(rates), lists(rates), costs_gpu.thesis()
     return f"""(budget)=
 # What it costs
 
@@ -181,10 +181,10 @@ Beside the grids there are lists of models that a chapter looks at closely, most
 
 ## On one GPU
 
-An estimate from shapes for a GPU of the H100 class; **not run on a GPU**. For each group of models, the largest of the times that operations, bytes from memory and from the cache, and
-launches take, at 60% of what such a GPU can do, and 5 µs a launch. `sweeps/README.md` has the arithmetic, and says how bytes and launches were counted.
+An estimate from shapes for a GPU of the H100 class; **not run on a GPU**. For each group of models, the largest of the times that products on tensor cores, instructions, bytes from memory
+and from the cache, and launches take, at 60% of what such a GPU can do, and 5 µs a launch. `sweeps/README.md` has the arithmetic, and says how these were counted.
 
-{tables.markdown(gpu, formats=costs.GPU_FORMATS)}
+{tables.markdown(gpu, formats=costs_gpu.FORMATS)}
 """
 
 

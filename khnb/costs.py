@@ -1,4 +1,4 @@
-"""What a group of a sweep costs: floating-point operations, bytes, seconds at rates measured on this machine, and hours on a GPU.
+"""What a group of a sweep costs: floating-point operations, bytes, and seconds at rates measured on this machine. For a GPU see khnb.costs_gpu.
 
 Seconds come from short runs of the very engines on real images of the embedded sample, made once and kept with their provenance in the cache
 (``rates.json``); operations and bytes from the shapes alone.
@@ -13,7 +13,6 @@ import math
 import os
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from khnb import learning, models, runner, sweeps, training
 from khnb.attacks import gradient
 from khnb.heads import Head, train_heads
 from khnb.models import n_features
-from khnb.native import cache_dir, read_together
+from khnb.native import cache_dir
 from khnb.results import Store, atomic_write, default_root, pack, provenance
 from khnb.settings import MEMORY, ConvSettings, HeadSettings
 
@@ -34,37 +33,30 @@ from khnb.settings import MEMORY, ConvSettings, HeadSettings
 #: 10,000), and how far they move until it is wrong, in units of the pixel range
 ATTACKED, MOVED = 0.45, 0.03
 LOOKS = 250  # about how many gradients an audit takes for each of its images
-SIGMA, SPLIT = 25, 3  # instructions of a GPU, about, for an activation function of a feature, and to take it apart into two of TF32
 BYTES = dict(layer=2200, probe=6000, model=15_000, attack=2000)  # of a record, the text
 PACKED = 0.93  # share of its size that an array of float32 keeps when it is compressed
 
 
 @dataclass
 class Cost:
-    """Operations that are needed, ``disk`` bytes, and ``gib`` of memory; and what a GPU does: operations in float32 and on tensor cores (with what is
-    done for nothing, where kernels fill up their blocks), bytes to and from memory and its cache, and launches."""
+    """Operations, ``disk`` bytes, and ``gib`` of memory."""
 
     flop: float = 0.0
     disk: float = 0.0
     gib: float = 1.0
-    plain: float = 0.0
-    tensor: float = 0.0
-    moved: float = 0.0
-    cached: float = 0.0
-    launches: float = 0.0
 
 
-def _patches(group, conv: ConvSettings) -> float:
+def patches(group, conv: ConvSettings) -> float:
     """That a layer is trained on in all."""
     epochs = min(conv.conv_epochs, group.body.get("until") or conv.conv_epochs)
-    return max(1, round(conv.conv_share * sweeps.IMAGES[group.data]["train"])) * _side(conv.w) ** 2 * epochs
+    return max(1, round(conv.conv_share * sweeps.IMAGES[group.data]["train"])) * side(conv.w) ** 2 * epochs
 
 
-def _side(w: int) -> int:
+def side(w: int) -> int:
     return datasets.SHAPE[-1] - w + 1
 
 
-def _features(K: int, w: int, head: HeadSettings) -> int:
+def features(K: int, w: int, head: HeadSettings) -> int:
     return n_features(K**2, datasets.SHAPE[-1], w, head)
 
 
@@ -74,11 +66,17 @@ def _kept(group, memory: float) -> float:
     return min(1.0, memory * 2**30 / need)
 
 
+def convolved(group, memory: float) -> float:
+    """Images that the layer of a group of heads convolves in all: those that fit into so many GiB once, others in each epoch."""
+    images, kept = sweeps.IMAGES[group.data], _kept(group, memory)
+    return images["train"] * (kept + (1 - kept) * max(HeadSettings(**head).head_epochs for head in group.body["heads"])) + images["test"]
+
+
 def _activities(group) -> float:
     """Bytes of all pooled activities of a group of heads."""
     conv, size = ConvSettings(**group.body["conv"]), getattr(torch, group.body["feature_dtype"]).itemsize
     pools = {(head["w_pool"], head["s_pool"]): HeadSettings(**head) for head in group.body["heads"]}
-    return sum(_features(conv.K, conv.w, head) for head in pools.values()) * size * sweeps.IMAGES[group.data]["train"]
+    return sum(features(conv.K, conv.w, head) for head in pools.values()) * size * sweeps.IMAGES[group.data]["train"]
 
 
 @functools.cache
@@ -122,107 +120,41 @@ def of(group, memory: float = MEMORY) -> Cost:
     """What a group costs.
 
     Operations are: of a KH update the products of filters with patches and of their changes; of classifiers both products; of convolutions 2
-    for each weight and place, and as many again for each gradient; not what is proportional to fewer. What a GPU does is said of the kernels for
-    it and of PyTorch's operations around them, each of which reads and writes what it works on (tests count these).
+    for each weight and place, and as many again for each gradient; not what is proportional to fewer.
     """
     images, body, cost = sweeps.IMAGES[group.data], group.body, Cost()
     channels, classes = datasets.SHAPE[0], len(datasets.CLASSES)
     if group.kind in ("layers", "probes"):
         seeds, convs = body.get("seeds", 1), [ConvSettings(**conv) for conv in body["convs"]]
         for conv in convs:
-            F, D, patches = conv.K**2, channels * conv.w**2, _patches(group, conv) * seeds
-            block, wide = min(64, 2**14 // _power_of_two(F)), _up(F, 64)  # of kernels_gpu.learn
-            cost.flop += 4 * F * D * patches
-            cost.tensor += 2 * (_power_of_two(F) + wide) * D * patches
-            cost.cached += 4 * D * (F / block + wide / 64) * patches
-            cost.moved += (28 * F * D / conv.conv_batch + 32) * patches
-            cost.disk += BYTES["layer"] + F * D * (4 + 2 * len(body.get("snapshots", []))) * PACKED + 230 * conv.conv_epochs
-        orders, patches = len({conv.p for conv in convs}), max(_patches(group, conv) for conv in convs)
-        stacks = len({(conv.K, conv.conv_rank, conv.conv_scale) for conv in convs})
-        cost.moved += ((4 + 8 * stacks) * channels * convs[0].w ** 2 + 8 * orders * stacks) * patches  # gathered, and read by the layers of each K
-        cost.launches = 3 * stacks * max(_patches(group, conv) / conv.conv_batch for conv in convs)
-        return cost
-    if group.kind == "heads":
-        conv, heads, kept = ConvSettings(**body["conv"]), [HeadSettings(**head) for head in body["heads"]], getattr(torch, body["feature_dtype"]).itemsize
-        epochs, share, D = max(head.head_epochs for head in heads), _kept(group, memory), channels * conv.w**2
-        passes = images["train"] * (share + (1 - share) * epochs) + images["test"]
-        cost.flop += 2 * conv.K**2 * D * _side(conv.w) ** 2 * passes
-        for head in {(head.w_pool, head.s_pool): head for head in heads}.values():  # each pooling has a convolution of its own
-            _pooled(cost, conv.K, conv.w, head, passes)
-            cost.moved += (8 + kept) * _features(conv.K, conv.w, head) * passes
-        same: dict[tuple, Counter] = {}
+            size = conv.K**2 * channels * conv.w**2
+            cost.flop += 4 * size * patches(group, conv) * seeds
+            cost.disk += BYTES["layer"] + size * (4 + 2 * len(body.get("snapshots", []))) * PACKED + 230 * conv.conv_epochs
+    elif group.kind == "heads":
+        conv, heads = ConvSettings(**body["conv"]), [HeadSettings(**head) for head in body["heads"]]
+        filters = conv.K**2 * channels * conv.w**2
+        cost.flop += 2 * filters * side(conv.w) ** 2 * convolved(group, memory)
         for head in heads:
-            seen, size = images["train"] * head.head_epochs, _features(conv.K, conv.w, head)
-            same.setdefault((head.w_pool, head.s_pool, head.sigma, size, seen, head.head_batch), Counter())[head.n] += 1
-            cost.flop += 4 * classes * size * seen
-            cost.cached += 4 * classes / 64 * size * seen  # its weights, by blocks of images
-            cost.moved += (40 * size / head.head_batch + 8 + 8 * max(1, min(8, size // 2048))) * classes * seen  # gradients and AdamW; logits, in parts
-            cost.disk += BYTES["model"] + (classes * size + conv.K**2 * D) * 4 * PACKED
-        for (*_, size, seen, batch), counts in same.items():
-            for each in set(counts.values()):  # classifiers of each of so many powers: features are read as they are kept, for both products
-                powers, (some, wide) = [n for n, count in counts.items() if count == each], read_together(each * classes)
-                blocks, times = -(-each * classes // wide), -(-len(powers) // some)
-                cost.moved += 2 * kept * times * size * seen
-                cost.cached += 2 * kept * times * blocks * size * seen
-                cost.tensor += 4 * len(powers) * blocks * wide * size * seen
-                cost.plain += 4 * blocks * (SIGMA * times + sum(SPLIT + _multiplications(n) for n in powers)) * size * seen
-                cost.launches += (2 * times + 3 + 6 * batch / images["train"]) * seen / batch  # the last of them once an epoch
-        cost.launches += (5 + len(heads) / 15) * images["train"] * epochs / min(head.head_batch for head in heads)  # numbers of images, labels, AdamW
+            size = classes * features(conv.K, conv.w, head)
+            cost.flop += 4 * size * images["train"] * head.head_epochs
+            cost.disk += BYTES["model"] + (size + filters) * 4 * PACKED
         held = sum(sweeps._head_bytes(conv, head) for head in heads)
         cost.gib = 0.8 + held / 2**30 + min(memory, _activities(group) / 2**30)
-        return cost
-    if group.kind == "bp":
-        for _, K, w, head in map(_shape, body["models"]):
-            places, size, seen = K**2 * _side(w) ** 2, _features(K, w, head), images["train"] * head.head_epochs
-            weights = classes * size + K**2 * channels * w**2
-            cost.flop += (4 * channels * w**2 * places + 6 * classes * size) * seen
-            cost.plain += 6 * classes * size * seen
-            _pooled(cost, K, w, head, seen)
-            wide, deep = _up(K**2, 64), _up(channels * w**2, 64)  # of kernels_gpu.filters_gradient
-            cost.tensor += 2 * wide * deep * _side(w) ** 2 * seen
-            cost.cached += 4 * places * deep / 64 * seen
-            cost.moved += (8 * places + 60 * size + 15 * math.prod(datasets.SHAPE) + 28 * weights / head.head_batch) * seen
-            cost.launches += 30 * seen / head.head_batch
-            cost.disk += BYTES["model"] + weights * 4 * PACKED
-        return cost
-    for model, attacks in zip(body["models"], body["attacks"], strict=True):
-        kind, K, w, head = _shape(model)
-        places, size = K**2 * _side(w) ** 2, _features(K, w, head)
-        forwards, gradients = (images["test"] * count for count in looks(model, attacks, body["audited"]))
-        cost.flop += (2 * channels * w**2 * places + 2 * classes * size) * (forwards + 2 * gradients)
-        cost.plain += 2 * classes * size * (forwards + 2 * gradients) + 2 * channels * w**2 * places * gradients
-        _pooled(cost, K, w, head, forwards + gradients)
-        cost.moved += 16 * size * forwards + (8 * places + (112 if kind == "LL" else 52) * size) * gradients
-        if kind == "LL":  # norms of patches
-            cost.moved += 32 * math.prod(datasets.SHAPE) * (forwards + 3.5 * gradients)
-        for one in attacks:
-            count = images["test"] * outcome(model, one["confidence"])[0]
-            cost.disk += BYTES["attack"] + count * 8
-        cost.launches += (40 * forwards + 60 * gradients) / 1000  # of a thousand images at a time
+    elif group.kind == "bp":
+        for _, K, w, head in map(shape, body["models"]):
+            filters, size, seen = K**2 * channels * w**2, classes * features(K, w, head), images["train"] * head.head_epochs
+            cost.flop += (4 * filters * side(w) ** 2 + 6 * size) * seen
+            cost.disk += BYTES["model"] + (size + filters) * 4 * PACKED
+    else:
+        for model, attacks in zip(body["models"], body["attacks"], strict=True):
+            _, K, w, head = shape(model)
+            forwards, gradients = (images["test"] * count for count in looks(model, attacks, body["audited"]))
+            cost.flop += (2 * K**2 * channels * w**2 * side(w) ** 2 + 2 * classes * features(K, w, head)) * (forwards + 2 * gradients)
+            cost.disk += sum(BYTES["attack"] + 8 * images["test"] * outcome(model, one["confidence"])[0] for one in attacks)
     return cost
 
 
-def _pooled(cost: Cost, K: int, w: int, head: HeadSettings, images: float) -> None:
-    """What kernels_gpu.conv_pool does: activities are written to the cache and read from there, first by the block, then by the window."""
-    places, near = K**2 * _side(w) ** 2, 5  # the first cache of a processor is about so many times faster than the one they share
-    cost.tensor += 2 * datasets.SHAPE[0] * w**2 * _up(K**2, 16) / K**2 * places * images
-    cost.cached += (8 * places + 4 * head.w_pool**2 * _features(K, w, head) / near) * images
-
-
-def _multiplications(n: float) -> int:
-    """That y^n takes; of a broken n about as long as its two special functions."""
-    return int(n).bit_length() + int(n).bit_count() - 2 if n == int(n) else 16
-
-
-def _up(count: int, block: int) -> int:
-    return -(-count // block) * block
-
-
-def _power_of_two(count: int) -> int:
-    return max(16, 1 << (count - 1).bit_length())
-
-
-def _shape(model: dict) -> tuple[str, int, int, HeadSettings]:
+def shape(model: dict) -> tuple[str, int, int, HeadSettings]:
     one = model.get("conv", model)
     return "LL" if "conv" in model else "BP", one["K"], one["w"], HeadSettings(**model["head"])
 
@@ -270,27 +202,27 @@ def _compute(group, rates: Rates, memory: float) -> float:
         neurons, most = sum(conv.K**2 for conv in convs) * seeds, max(convs, key=lambda conv: conv.K)
         name = f"layers w={most.w} batch={most.conv_batch} layers={len(convs) * seeds} neurons={neurons} p={max(c.p for c in convs):g} m={max(c.m for c in convs)}"
         (each,) = rates.get(name, lambda: [_time_layers([replace(conv, seed=seed) for conv in convs for seed in range(seeds)])])
-        return each * max(_patches(group, conv) for conv in convs)
+        return each * max(patches(group, conv) for conv in convs)
     if group.kind == "heads":
         conv, heads = ConvSettings(**body["conv"]), [HeadSettings(**head) for head in body["heads"]]
         chosen = heads[:: -(-len(heads) // 12)]
-        size, part = (sum(_features(conv.K, conv.w, head) for head in some) for some in (heads, chosen))
+        size, part = (sum(features(conv.K, conv.w, head) for head in some) for some in (heads, chosen))
         kinds = len({(head.w_pool, head.sigma, head.n) for head in chosen})
         name = f"heads K={conv.K} w={conv.w} {body['feature_dtype']} batch={heads[0].head_batch} heads={len(chosen)} kinds={kinds} size={part}"
         once, epoch = rates.get(name, lambda: _time_heads(conv, chosen, body["feature_dtype"]))
-        epochs, kept = max(head.head_epochs for head in heads), _kept(group, memory)
+        epochs = max(head.head_epochs for head in heads)
         each = epoch * size / part
-        return images["train"] * (once * (kept + (1 - kept) * epochs) + each * epochs) + images["test"] * (once + each / 2)
+        return once * convolved(group, memory) + each * (images["train"] * epochs + images["test"] / 2)
     if group.kind == "bp":
         total = 0.0
-        for _, K, w, head in map(_shape, body["models"]):
+        for _, K, w, head in map(shape, body["models"]):
             name = f"bp K={K} w={w} w_pool={head.w_pool} batch={min(100, head.head_batch)}"
             (each,) = rates.get(name, lambda K=K, w=w, head=head: [_time_bp(K, w, head)])
             total += each * (images["train"] * head.head_epochs + images["test"] / 3)
         return total
     total = 0.0
     for model, attacks in zip(body["models"], body["attacks"], strict=True):
-        kind, K, w, head = _shape(model)
+        kind, K, w, head = shape(model)
         name = f"attack {kind} K={K} w={w} w_pool={head.w_pool}"
         forward, gradient = rates.get(name, lambda model=model: _time_attack(model))
         forwards, gradients = looks(model, attacks, body["audited"])
@@ -322,11 +254,11 @@ def _time_layers(convs: list[ConvSettings]) -> float:
     conv = convs[0]
     work = sum(conv.K**2 for conv in convs) * conv.w**2 * conv.conv_batch
     updates = max(3, min(40, round(4e8 / work)))
-    images = _sample().train_images[: max(1, -(-updates * conv.conv_batch // _side(conv.w) ** 2))]
+    images = _sample().train_images[: max(1, -(-updates * conv.conv_batch // side(conv.w) ** 2))]
     quick = [replace(one, conv_epochs=1, conv_share=1.0) for one in convs]
     learning.train_layers(images[:2], [replace(one, conv_batch=100) for one in quick])  # compiles, warms
-    patches = max(conv.conv_batch, len(images) * _side(conv.w) ** 2 // conv.conv_batch * conv.conv_batch)
-    return _best(lambda: learning.train_layers(images, quick)) / min(patches, len(images) * _side(conv.w) ** 2)
+    patches = max(conv.conv_batch, len(images) * side(conv.w) ** 2 // conv.conv_batch * conv.conv_batch)
+    return _best(lambda: learning.train_layers(images, quick)) / min(patches, len(images) * side(conv.w) ** 2)
 
 
 def _time_heads(conv: ConvSettings, heads: list[HeadSettings], dtype: str) -> list[float]:
@@ -359,7 +291,7 @@ def _time_bp(K: int, w: int, head: HeadSettings) -> float:
 
 def _time_attack(model: dict) -> list[float]:
     """Seconds an image for a forward pass and for a gradient."""
-    _, K, w, head = _shape(model)
+    _, K, w, head = shape(model)
     if "conv" in model:
         conv = ConvSettings(**model["conv"])
         network = models.ll_network(learning.initial_filters(replace(conv, conv_epochs=0), datasets.SHAPE[0]), conv.p, head, datasets.SHAPE[-1], 10).eval()
@@ -387,68 +319,6 @@ def _time_start() -> float:
         return 1.0 + json.loads((place.parent / "times.jsonl").read_text())["cpu"]
 
 
-# on a GPU that is not here
-
-
-@dataclass
-class Card:
-    """A GPU, and what share of its peaks is thought to be reached."""
-
-    name: str = "H100-class"
-    flops: float = 67e12  # float32 without tensor cores, in a second
-    tensor: float = 495e12 / 3  # on tensor cores, as three products of TF32
-    bandwidth: float = 3.35e12  # bytes in a second
-    cache: float = 5.5e12  # the same, of the cache that all processors share
-    launch: float = 5e-6  # seconds between two small operations
-    reached: float = 0.6
-    gib: float = 80.0
-
-
-#: what the thesis's experiments ask for, in parts that share layers and models, with the share of layers that go on to have classifiers there
-#: (section 8.1.2, tables A.1 and A.3, section 9.3), and of layers that are trained to the end (those that collapse are given up)
-PARTS = (
-    ("first layers", "E01+E02+E03", 1.0, 1.0), ("grid 1", "E04", 1.0, 379 / 960), ("grid 2", "E05+E06", 56 / 100, 69 / 100),
-    ("grid 3 with FGSM and PGD", "E07+E08+E09+E11+E12+E13+E14+E15+E16+E17", 88 / 150, 1.0), ("BP grid with attacks", "E10+E18", 1.0, 1.0),
-    ("LL ensembles with attacks", "E19", 119 / 160, 1.0), ("BP ensembles with attacks", "E20", 1.0, 1.0),
-)
-
-
-def on_gpu(group, card: Card | None = None) -> float:
-    """Seconds on a GPU: the largest of the times that operations, bytes from memory and cache, and launches take. An estimate from shapes: not run on a GPU."""
-    card = card or Card()
-    return _slowest(of(group, memory=0.8 * card.gib), card)
-
-
-def _slowest(cost: Cost, card: Card) -> float:
-    computing = cost.plain / card.flops + cost.tensor / card.tensor
-    return max(computing / card.reached, cost.moved / card.bandwidth / card.reached, cost.cached / card.cache / card.reached, cost.launches * card.launch)
-
-
-GPU_FORMATS = {"Pflop": ",.0f", "TB moved": ",.0f", "TB of cache": ",.0f", "million launches": ",.1f", "hours": ".2f"}
-
-
-def thesis_on_gpu(card: Card | None = None) -> list[dict]:
-    """A row for each part of the thesis: layers, models, attacks, operations, bytes, launches, and hours on one GPU."""
-    rows, card = [], card or Card()
-    for name, grid, passing, whole in PARTS:
-        row = {"part": name, "layers": 0, "models": 0, "attacks": 0, "Pflop": 0.0, "TB moved": 0.0, "TB of cache": 0.0, "million launches": 0.0, "hours": 0.0}
-        grids = grid + {"E19": "+E21+E22", "E20": "+E21+E22"}.get(grid, "")
-        for group in sweeps.groups(grids, "thesis", card.gib * 2**30):
-            if grid in ("E19", "E20") and group.bp != (grid == "E20"):
-                continue  # E21 and E22 attack both
-            share = whole if group.kind == "layers" else passing
-            cost = of(group, memory=0.8 * card.gib)
-            row[dict(layers="layers", heads="models", bp="models", attacks="attacks")[group.kind]] += round(group.count * (1 if group.kind == "layers" else share))
-            row["Pflop"] += share * cost.flop / 1e15
-            row["TB moved"] += share * cost.moved / 1e12
-            row["TB of cache"] += share * cost.cached / 1e12
-            row["million launches"] += share * cost.launches / 1e6
-            row["hours"] += share * _slowest(cost, card) / 3600
-        rows.append(row)
-    rows.append({"part": "all"} | {key: sum(row[key] for row in rows) for key in list(rows[0])[1:]})
-    return rows
-
-
 def schedule(groups: list, times: dict[str, float], workers: int, done: set[str] = frozenset()) -> float:
     """Seconds until so many workers have done these groups, each as soon as those it needs are done, longest first."""
     left = {group.id: {need for need in group.needs if need not in done} for group in groups if group.id not in done}
@@ -472,8 +342,3 @@ def schedule(groups: list, times: dict[str, float], workers: int, done: set[str]
                 heapq.heappush(ready, (-times[user], user))
     return now
 
-
-if __name__ == "__main__":
-    from khnb import tables
-
-    print(tables.markdown(thesis_on_gpu(), formats=GPU_FORMATS))

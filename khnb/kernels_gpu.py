@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from khnb.native import read_together
 from khnb.settings import PRELU_SLOPE
+from khnb.tiles_gpu import places_together, ranked, read_together, rooms
 
 NEURONS = 512  # at most, of a layer: more do not fit into the registers
 INF, SLOPE = tl.constexpr(float("inf")), tl.constexpr(PRELU_SLOPE)
@@ -56,6 +56,38 @@ def _raised(y, N: tl.constexpr):
 
 
 @triton.jit
+def _terms(x):
+    """x as the sum of two numbers of TF32 (10 bits), but for its last 2 bits: the nearest, and the rest, which is rounded where it is multiplied."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def _product(a, b_high, b_low, total):
+    """total + a times b, as three products of TF32 terms; b comes in these terms, made once for many products."""
+    high, low = _terms(a)
+    total = tl.dot(low, b_high, total, input_precision="tf32")
+    total = tl.dot(high, b_low, total, input_precision="tf32")
+    return tl.dot(high, b_high, total, input_precision="tf32")
+
+
+@triton.jit
+def _split(x, out, count, BN: tl.constexpr):
+    """The terms of each number: all of the first, then all of the second."""
+    at = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    high, low = _terms(tl.load(x + at, mask=at < count, other=0.0))
+    tl.store(out + at, high, mask=at < count)
+    tl.store(out + count + at, low, mask=at < count)
+
+
+def _in_terms(x: Tensor) -> Tensor:
+    """(2, ...): the terms of a product of x with something, see :func:`_terms`."""
+    out = torch.empty(2, *x.shape, device=x.device)
+    _split[triton.cdiv(x.numel(), 1024),](x, out, x.numel(), BN=1024)
+    return out
+
+
+@triton.jit
 def _gather(images, ids, orders, rows, scales, N, C, H, W, w, BYTES: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
     """BN patches by number, and 1 / p-norm of each for one of the orders p; the first of them also writes the patches down."""
     n, k = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.program_id(1)
@@ -90,6 +122,12 @@ def gather(images: Tensor, ids: Tensor, w: int, orders: Tensor) -> tuple[Tensor,
 
 
 @triton.jit
+def _first_largest(score, f, BF: tl.constexpr):
+    """The first of the most active neurons, of each patch: in fewer instructions than argmax."""
+    return tl.min(tl.where(score == tl.max(score, 0)[None, :], f[:, None], BF), 0)
+
+
+@triton.jit
 def _rank(synapses, size, patches, m, winner, inhibited, of_winner, of_inhibited, wins, N, F, D, BN: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr):
     """Of BN patches and one layer: the most active neuron, the m-th most active one, and their activities. All BF >= F neurons are in registers."""
     layer, n, f = tl.program_id(1), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BF)
@@ -98,13 +136,13 @@ def _rank(synapses, size, patches, m, winner, inhibited, of_winner, of_inhibited
         d = first + tl.arange(0, BD)
         s = tl.load(synapses + layer * F * D + f[:, None] * D + d[None, :], mask=(f[:, None] < F) & (d[None, :] < D), other=0.0)
         v = tl.load(patches + n[None, :] * D + d[:, None], mask=(n[None, :] < N) & (d[:, None] < D), other=0.0)
-        activity = tl.dot(s, v, activity, input_precision="tf32x3")
+        activity = _product(s, *_terms(v), activity)
     score = tl.where(f[:, None] < F, activity / tl.load(size + layer * F + f, mask=f < F, other=1.0)[:, None], -INF)
-    best = tl.argmax(score, 0, tie_break_left=True)
+    best = _first_largest(score, f, BF)
     last = best
     for _ in range(1, tl.load(m + layer)):
         score = tl.where(f[:, None] == last[None, :], -INF, score)
-        last = tl.argmax(score, 0, tie_break_left=True)
+        last = _first_largest(score, f, BF)
     at = layer * N + n
     tl.store(winner + at, best, mask=n < N)
     tl.store(inhibited + at, last, mask=n < N)
@@ -120,7 +158,7 @@ def _change(
 ):
     """Eq. 4.7 summed over the patches, of BF neurons and BD weights of each: the matrix g of eq. 4.6 is made where it is multiplied. And the largest of all."""
     layer, f, d = tl.program_id(2), tl.program_id(0) * BF + tl.arange(0, BF), tl.program_id(1) * BD + tl.arange(0, BD)
-    towards, away = tl.zeros((BF, BD), tl.float32), tl.zeros((BF,), tl.float32)
+    towards, away = tl.zeros((BF, BD), tl.float32), tl.zeros((BF, BN), tl.float32)
     against = tl.load(delta + layer)
     scales += tl.load(which + layer).to(tl.int64) * apart
     for first in range(0, N, BN):
@@ -130,11 +168,11 @@ def _change(
         hebb = tl.where(f[:, None] == tl.load(winner + at, mask=n < N, other=-1)[None, :], scale, 0.0)
         anti = tl.where(f[:, None] == tl.load(inhibited + at, mask=n < N, other=-1)[None, :], scale * against, 0.0)
         v = tl.load(patches + n[:, None] * D + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)
-        towards = tl.dot(hebb - anti, v, towards, input_precision="tf32x3")
+        towards = _product(hebb - anti, *_terms(v), towards)
         mine = tl.load(of_winner + at, mask=n < N, other=0.0)[None, :]
-        away += tl.sum(hebb * mine - anti * tl.load(of_inhibited + at, mask=n < N, other=0.0)[None, :], 1)
+        away += hebb * mine - anti * tl.load(of_inhibited + at, mask=n < N, other=0.0)[None, :]
     at, there = layer * F * D + f[:, None] * D + d[None, :], (f[:, None] < F) & (d[None, :] < D)
-    found = towards - away[:, None] * tl.load(weight + at, mask=there, other=0.0)
+    found = towards - tl.sum(away, 1)[:, None] * tl.load(weight + at, mask=there, other=0.0)
     tl.store(change + at, found, mask=there)
     tl.atomic_max(most + layer, tl.max(tl.where(there, tl.abs(found), 0.0)))  # the same whoever comes first
 
@@ -174,8 +212,8 @@ def learn(weight: Tensor, wins: Tensor, rows: Tensor, scales: Tensor, which: Ten
     winner, inhibited = (torch.empty(layers, N, dtype=torch.int32, device=weight.device) for _ in range(2))
     activities = [torch.empty(layers, N, device=weight.device) for _ in range(2)]
     change, synapses, size = torch.empty_like(weight), torch.empty_like(weight), weight.new_ones(layers, F)
-    most, together = weight.new_zeros(updates, layers), max(16, triton.next_power_of_2(F))
-    some, neurons, values = min(64, 2**14 // together), min(64, together), 64  # as many patches as keep the activities in registers
+    most, (some, together) = weight.new_zeros(updates, layers), ranked(F)
+    neurons, values = min(64, together), 64
 
     def step(at, moves):
         _step[triton.cdiv(F, 4), layers](
@@ -194,45 +232,74 @@ def learn(weight: Tensor, wins: Tensor, rows: Tensor, scales: Tensor, which: Ten
 
 
 @triton.jit
+def _largest(values, at, apart, q, BF: tl.constexpr, shape: tl.constexpr):
+    """Of q rows of BF numbers each, ``apart`` from the row ``at``: the largest, and which it is, the first of equals. What is no number is passed on."""
+    f, best, which = tl.arange(0, BF), tl.full(shape, -INF, tl.float32), tl.zeros(shape, tl.int32)
+    for i in tl.static_range(q):
+        value = tl.load(values + (at + i * apart)[:, None] * BF + f[None, :])
+        better = (value > best) | (value != value)
+        best, which = tl.where(better, value, best), tl.where(better, i, which)
+    return best, which
+
+
+@triton.jit
 def _conv_pool(
-    images, weight, bias, scale, room, out, where, count, filters, C, H, W, w, side, across, q, step, high, wide,
-    BIASED: tl.constexpr, SCALED: tl.constexpr, PLACES: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
+    images, images_rest, weight, weight_rest, bias, scale, room, columns, out, where, count, filters, programs,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, w: tl.constexpr, q: tl.constexpr, step: tl.constexpr, DEEP: tl.constexpr, BIASED: tl.constexpr,
+    SCALED: tl.constexpr, PLACES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):
-    """One image and BF filters after the other: activities go to a ``room`` small enough to stay in the cache, and are pooled from there."""
-    blocks, places, outputs, D = tl.cdiv(filters, BF), side * across, high * wide, C * w * w
-    room += tl.program_id(0) * places * BF
-    for item in range(tl.program_id(0), count * blocks, tl.num_programs(0)):
-        b = (item // blocks).to(tl.int64)
-        f = item % blocks * BF + tl.arange(0, BF)
+    """One image and BF filters after the other: activities go to a ``room`` small enough to stay in the cache; of each row of them the largest of each
+    window, with its column there, is kept as well, and then the largest of these."""
+    side: tl.constexpr = H - w + 1
+    across: tl.constexpr = W - w + 1
+    high: tl.constexpr = (side - q) // step + 1
+    wide: tl.constexpr = (across - q) // step + 1
+    places: tl.constexpr = side * across
+    rows: tl.constexpr = side * wide
+    D: tl.constexpr = C * w * w
+    blocks, c = tl.cdiv(filters, BF), tl.arange(0, BF)
+    room += tl.program_id(0) * (places + rows) * BF
+    best_room = room + places * BF
+    columns += tl.program_id(0) * rows * BF
+    for item in range(tl.program_id(0), count * blocks, programs):
+        b, f = (item // blocks).to(tl.int64), item % blocks * BF + c
+        image, image_rest = images + b * C * H * W, images_rest + b * C * H * W
         for start in range(0, places, BN):
             n = start + tl.arange(0, BN)
-            corner = b * C * H * W + n // across * W + n % across
-            activity = tl.zeros((BN, BF), tl.float32)
-            for first in range(0, D, BD):
+            here = tl.minimum(n, places - 1)
+            corner, activity = here // across * W + here % across, tl.zeros((BN, BF), tl.float32)
+            for first in range(0, DEEP, BD):
                 d = first + tl.arange(0, BD)
-                away = d // (w * w) * H * W + d // w % w * W + d % w
-                x = tl.load(images + corner[:, None] + away[None, :], mask=(n[:, None] < places) & (d[None, :] < D), other=0.0)
-                k = tl.load(weight + f[None, :] * D + d[:, None], mask=(f[None, :] < filters) & (d[:, None] < D), other=0.0)
-                activity = tl.dot(x, k, activity, input_precision="tf32x3")
+                away = tl.where(d < D, d // (w * w) * H * W + d // w % w * W + d % w, 0)  # a pixel of the patch also where the weight is 0
+                at, to, there = corner[:, None] + away[None, :], f[None, :] * DEEP + d[:, None], f[None, :] < filters
+                x, k, low = tl.load(image + at), tl.load(weight + to, mask=there, other=0.0), tl.load(weight_rest + to, mask=there, other=0.0)
+                activity = tl.dot(tl.load(image_rest + at), k, activity, input_precision="tf32")
+                activity = tl.dot(x, low, activity, input_precision="tf32")
+                activity = tl.dot(x, k, activity, input_precision="tf32")
             if BIASED:
                 activity += tl.load(bias + f, mask=f < filters, other=0.0)[None, :]
             if SCALED:
-                activity *= tl.load(scale + b * places + n, mask=n < places, other=0.0)[:, None]
-            tl.store(room + n[:, None] * BF + tl.arange(0, BF)[None, :], activity, mask=n[:, None] < places)
+                activity *= tl.load(scale + b * places + here)[:, None]
+            tl.store(room + n[:, None] * BF + c[None, :], activity, mask=n[:, None] < places)
         tl.debug_barrier()
-        for start in range(0, outputs, BN):
-            o = start + tl.arange(0, BN)
-            corner = o // wide * step * across + o % wide * step
-            best, at = tl.full((BN, BF), -INF, tl.float32), tl.zeros((BN, BF), tl.int32) + corner[:, None]
-            for offset in range(0, q * q):
-                n = corner + offset // q * across + offset % q
-                value = tl.load(room + n[:, None] * BF + tl.arange(0, BF)[None, :], mask=o[:, None] < outputs, other=0.0)
-                better = (value > best) | (value != value)  # the first of equals; what is no number is passed on
-                best, at = tl.where(better, value, best), tl.where(better, n[:, None], at)
-            to, there = (b * filters + f)[None, :] * outputs + o[:, None], (o[:, None] < outputs) & (f[None, :] < filters)
-            tl.store(out + to, best, mask=there)
+        for start in range(0, rows, BM):
+            m = start + tl.arange(0, BM)
+            here = tl.minimum(m, rows - 1)
+            best, j = _largest(room, here // wide * across + here % wide * step, 1, q, BF, (BM, BF))
+            tl.store(best_room + m[:, None] * BF + c[None, :], best, mask=m[:, None] < rows)
+            tl.store(columns + m[:, None] * BF + c[None, :], j.to(tl.int8), mask=m[:, None] < rows)
+        tl.debug_barrier()
+        for start in range(0, high * wide, BM):
+            o = start + tl.arange(0, BM)
+            here = tl.minimum(o, high * wide - 1)
+            first = here // wide * step * wide + here % wide
+            best, i = _largest(best_room, first, wide, q, BF, (BM, BF))
+            to, there = (b * filters + f)[:, None] * (high * wide) + o[None, :], (o[None, :] < high * wide) & (f[:, None] < filters)
+            tl.store(out + to, tl.trans(best), mask=there)
             if PLACES:
-                tl.store(where + to, at.to(tl.int64), mask=there)
+                j = tl.load(columns + (first[:, None] + i * wide) * BF + c[None, :]).to(tl.int32)
+                at = ((here // wide * step)[:, None] + i) * across + (here % wide * step)[:, None] + j
+                tl.store(where + to, tl.trans(at).to(tl.int64), mask=there)
         tl.debug_barrier()
 
 
@@ -242,48 +309,57 @@ def conv_pool(images: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor
     """
     count, C, H, W = images.shape
     filters, w = len(weight), weight.shape[-1]
-    side, across, block, found, where = H - w + 1, W - w + 1, 16, [], None
-    programs = min(count * triton.cdiv(filters, block), 4 * _multiprocessors(images.device))
-    room = torch.empty(programs, side * across, block, device=images.device)
+    side, across, found, where, none = H - w + 1, W - w + 1, [], None, weight  # none: for what is not read
+    flat = torch.nn.functional.pad(weight.flatten(1), (0, -C * w * w % 16))
+    images_terms, weight_terms = _in_terms(images), _in_terms(flat)
     for q, step in pools:
         shape = count, filters, (side - q) // step + 1, (across - q) // step + 1
+        rows = side * shape[3]
+        block, programs = rooms(side * across + 1.25 * rows, count, filters, _multiprocessors(images.device))
+        room = torch.empty(programs, side * across + rows, block, device=images.device)
+        columns = torch.empty(programs, rows, block, dtype=torch.int8, device=images.device)
         out = torch.empty(shape, device=images.device)
         here = places and where is None
         where = torch.empty(shape, dtype=torch.int64, device=images.device) if here else where
-        none = images  # for what is not read
         _conv_pool[programs,](
-            images, weight, none if bias is None else bias, none if scale is None else scale, room, out, where if here else none, count, filters, C, H, W, w,
-            side, across, q, step, *shape[2:], BIASED=bias is not None, SCALED=scale is not None, PLACES=here, BN=64, BF=block, BD=16,
+            *images_terms, *weight_terms, none if bias is None else bias, none if scale is None else scale, room, columns, out, where if here else none,
+            count, filters, programs, C=C, H=H, W=W, w=w, q=q, step=step, DEEP=flat.shape[1], BIASED=bias is not None, SCALED=scale is not None,
+            PLACES=here, BN=places_together(side * across), BM=16, BF=block, BD=16, num_warps=8,
         )
         found.append(out)
     return found, where
 
 
 @triton.jit
-def _filters(images, slope, partial, count, filters, C, H, W, w, side, across, BF: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+def _filters(
+    images, images_rest, slope, partial, count, filters, parts,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, w: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):
     """Of BF filters and BD weights of each: the products of the slopes of activities with the patches they are of, over every so-manieth image."""
+    across: tl.constexpr = W - w + 1
+    places: tl.constexpr = (H - w + 1) * across
+    D: tl.constexpr = C * w * w
     f, d, part = tl.program_id(0) * BF + tl.arange(0, BF), tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2)
-    places, D = side * across, C * w * w
-    away = d // (w * w) * H * W + d // w % w * W + d % w
+    away = tl.where(d < D, d // (w * w) * H * W + d // w % w * W + d % w, 0)
     total = tl.zeros((BF, BD), tl.float32)
-    for b in range(part, count, tl.num_programs(2)):
-        of, at = slope + (b * filters + f).to(tl.int64)[:, None] * places, images + b * C * H * W
+    for b in range(part, count, parts):
+        of, at = slope + (b * filters).to(tl.int64) * places, b * C * H * W
         for start in range(0, places, BN):
             n = start + tl.arange(0, BN)
-            g = tl.load(of + n[None, :], mask=(f[:, None] < filters) & (n[None, :] < places), other=0.0)
-            corner = n // across * W + n % across
-            x = tl.load(at + corner[:, None] + away[None, :], mask=(n[:, None] < places) & (d[None, :] < D), other=0.0)
-            total = tl.dot(g, x, total, input_precision="tf32x3")
+            g = tl.load(of + f[:, None] * places + n[None, :], mask=(f[:, None] < filters) & (n[None, :] < places), other=0.0)
+            here = tl.minimum(n, places - 1)
+            x = at + away[:, None] + (here // across * W + here % across)[None, :]  # neighbours in a row of an image lie side by side
+            total = _product(g, tl.trans(tl.load(images + x)), tl.trans(tl.load(images_rest + x)), total)
     tl.store(partial + (part * filters + f)[:, None] * D + d[None, :], total, mask=(f[:, None] < filters) & (d[None, :] < D))
 
 
 def filters_gradient(images: Tensor, slope: Tensor, w: int) -> Tensor:
     """The gradient (F, C, w, w) of the filters of a convolution of the images (B, C, H, W), from that of its activities (B, F, H-w+1, W-w+1)."""
-    (count, C, H, W), (_, filters, side, across) = images.shape, slope.shape
+    (count, C, H, W), filters = images.shape, slope.shape[1]
     blocks = triton.cdiv(filters, 64), triton.cdiv(C * w * w, 64)
-    parts = max(1, min(count, 2 * _multiprocessors(images.device) // (blocks[0] * blocks[1])))
+    parts = max(1, min(count, 4 * _multiprocessors(images.device) // (blocks[0] * blocks[1])))
     partial = torch.empty(parts, filters, C, w, w, device=images.device)
-    _filters[(*blocks, parts)](images, slope, partial, count, filters, C, H, W, w, side, across, BF=64, BD=64, BN=16)
+    _filters[(*blocks, parts)](*_in_terms(images), slope, partial, count, filters, parts, C=C, H=H, W=W, w=w, BF=64, BD=64, BN=16)
     return partial.sum(0)
 
 
@@ -294,8 +370,18 @@ def _multiprocessors(device: torch.device) -> int:
 @triton.jit
 def _expm1(x):
     """exp(x) - 1; near 0, where the difference would lose its digits, the series."""
-    near = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8)))))))
+    near = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320))))))))
     return tl.where(tl.abs(x) < 0.5, near, tl.exp(x) - 1)
+
+
+@triton.jit
+def _normal(x):
+    """The distribution function of the normal distribution, to 2e-7 of it: Press et al., Numerical Recipes (1992), section 6.2, erfcc."""
+    z = tl.abs(x) * 0.7071067811865476
+    t = 1 / (1 + 0.5 * z)
+    size = 1.00002368 + t * (0.37409196 + t * (0.09678418 + t * (-0.18628806 + t * (0.27886807 + t * (-1.13520398 + t * (1.48851587 + t * (-0.82215223 + t * 0.17087277)))))))
+    half = 0.5 * t * tl.exp(-z * z - 1.26551223 + t * size)
+    return tl.where(x < 0, half, 1 - half)
 
 
 @triton.jit
@@ -317,7 +403,7 @@ def _sigma(x, NAME: tl.constexpr):
     elif NAME == "elu":
         value, slope = tl.where(x > 0, x, _expm1(tl.minimum(x, 0))), tl.exp(tl.minimum(x, 0))
     elif NAME == "gelu":
-        below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        below = _normal(x)
         value, slope = x * below, below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     else:
         tl.static_assert(NAME == "rexp")
@@ -348,13 +434,15 @@ def activated(x: Tensor, sigma: str, n: float, slope: Tensor | None = None, out:
 @triton.jit
 def _features(features, id, d, there, D, NAME: tl.constexpr):
     """sigma of some features of some rows, as they are kept."""
-    y, _ = _sigma(tl.load(features + id * D + d, mask=there, other=0.0).to(tl.float32), NAME)
+    y = tl.load(features + id * D + d, mask=there, other=0.0).to(tl.float32)
+    if D > 0:  # always; the compiler would make two of it, for each arrangement of y in registers that is needed
+        y, _ = _sigma(y, NAME)
     return y
 
 
 @triton.jit
 def _logits(
-    features, rows, weight, partial, count, D, columns, width, each, NAME: tl.constexpr, POWERS: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr
+    features, rows, weight, rest, partial, count, D, columns, width, each, NAME: tl.constexpr, POWERS: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr
 ):
     """Of BB images and, for each of the powers n, BC of its columns of weights: sigma(features)^n times the weights, over ``each`` of the features."""
     c, b, part, total = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1) * BB + tl.arange(0, BB), tl.program_id(2), ()
@@ -365,8 +453,9 @@ def _logits(
         d, sums = first + tl.arange(0, BD), ()
         y = _features(features, id, d[None, :], (b[:, None] < count) & (d[None, :] < D), D, NAME)
         for i in tl.static_range(len(POWERS)):
-            w = tl.load(weight + (i * columns + c).to(tl.int64)[None, :] * D + d[:, None], mask=(c[None, :] < columns) & (d[:, None] < D), other=0.0)
-            sums += (tl.dot(_raised(y, POWERS[i]), w, total[i], input_precision="tf32x3"),)
+            at, there = (i * columns + c).to(tl.int64)[None, :] * D + d[:, None], (c[None, :] < columns) & (d[:, None] < D)
+            w, low = tl.load(weight + at, mask=there, other=0.0), tl.load(rest + at, mask=there, other=0.0)
+            sums += (_product(_raised(y, POWERS[i]), w, low, total[i]),)
         total = sums
     for i in tl.static_range(len(POWERS)):
         to = (part * count + b)[:, None] * width + (i * columns + c)[None, :]
@@ -374,8 +463,9 @@ def _logits(
 
 
 @triton.jit
-def _judge(partial, bias, labels, slope, dbias, loss, right, share, parts, count, heads, classes, BB: tl.constexpr, BC: tl.constexpr):
-    """Of one head: the slope of share * (sum of the cross-entropies) by each logit; that by the bias, loss and hits are added up."""
+def _judge(partial, bias, labels, slope, dbias, loss, right, share, parts, count, deep, heads, classes, BB: tl.constexpr, BC: tl.constexpr):
+    """Of one head: the slope of share * (sum of the cross-entropies) by each logit, in terms, 0 for images beyond the last; that by the bias, loss and
+    hits are added up."""
     head, c, total, lost, hits = tl.program_id(0), tl.arange(0, BC), tl.zeros((BC,), tl.float32), tl.full((), 0.0, tl.float64), tl.full((), 0, tl.int64)
     offset = tl.load(bias + head * classes + c, mask=c < classes, other=-INF)
     for first in range(0, count, BB):
@@ -389,7 +479,10 @@ def _judge(partial, bias, labels, slope, dbias, loss, right, share, parts, count
         x -= tl.max(x, 1)[:, None]
         size = tl.sum(tl.exp(x), 1)
         found = tl.where(there, (tl.exp(x) / size[:, None] - tl.where(own, 1.0, 0.0)) * share, 0.0)
-        tl.store(slope + at, found, mask=there)
+        high, low = _terms(found)
+        to, there = (head * classes + c)[None, :] * deep + b[:, None], (b[:, None] < deep) & (c[None, :] < classes)
+        tl.store(slope + to, high, mask=there)
+        tl.store(slope + heads * classes * deep + to, low, mask=there)
         total += tl.sum(found, 0)
         missed = tl.log(size) - tl.sum(tl.where(own, x, 0.0), 1)
         lost += tl.sum(tl.where(b < count, missed, 0.0).to(tl.float64))
@@ -402,7 +495,7 @@ def _judge(partial, bias, labels, slope, dbias, loss, right, share, parts, count
 
 @triton.jit
 def _gradient(
-    features, rows, slope, to, count, D, columns, width, NAME: tl.constexpr, POWERS: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr
+    features, rows, slope, rest, to, count, deep, D, columns, NAME: tl.constexpr, POWERS: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr
 ):
     """Of BD features and, for each of the powers, BC of its columns of weights: what the slopes of their logits add to the gradients of the weights."""
     c, d, total = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1) * BD + tl.arange(0, BD), ()
@@ -413,8 +506,9 @@ def _gradient(
         id = tl.load(rows + b, mask=b < count, other=0)[None, :]
         y = _features(features, id, d[:, None], (b[None, :] < count) & (d[:, None] < D), D, NAME)
         for i in tl.static_range(len(POWERS)):
-            g = tl.load(slope + b[:, None] * width + (i * columns + c)[None, :], mask=(b[:, None] < count) & (c[None, :] < columns), other=0.0)
-            sums += (tl.dot(_raised(y, POWERS[i]), g, total[i], input_precision="tf32x3"),)
+            at, there = (i * columns + c)[None, :] * deep + b[:, None], (c[None, :] < columns) & (b[:, None] < deep)
+            g, low = tl.load(slope + at, mask=there, other=0.0), tl.load(rest + at, mask=there, other=0.0)
+            sums += (_product(_raised(y, POWERS[i]), g, low, total[i]),)
         total = sums
     for i in tl.static_range(len(POWERS)):
         place, there = (i * columns + c).to(tl.int64)[None, :] * D + d[:, None], (c[None, :] < columns) & (d[:, None] < D)
@@ -429,17 +523,18 @@ def classify(features: Tensor, rows: Tensor, sigma: str, powers: list[float], la
     :func:`khnb.native.classify`, of one thread.
     """
     (count,), (heads, classes, D), each = rows.shape, weight.shape, len(weight) // len(powers)
-    columns, parts = each * classes, max(1, min(8, D // 2048))  # enough programs for a GPU, with few heads as well
-    share_of_part, (some, wide) = triton.cdiv(triton.cdiv(D, parts), 16) * 16, read_together(columns)
-    partial, slope = torch.empty(parts, count, heads, classes, device=weight.device), torch.empty(count, heads, classes, device=weight.device)
+    columns = each * classes
+    some, wide, parts = read_together(columns, D)
+    deep, depth, terms = triton.cdiv(count, 16) * 16, triton.cdiv(triton.cdiv(D, parts), 16) * 16, _in_terms(weight)
+    partial, slope = torch.empty(parts, count, heads, classes, device=weight.device), torch.empty(2, heads, classes, deep, device=weight.device)
     together = [(tuple(powers[i : i + some]), slice(i * each, (i + some) * each)) for i in range(0, len(powers), some)]
     blocks, how = triton.cdiv(columns, wide), dict(BC=wide, num_warps=8)
     for n, of in together:
-        _logits[blocks, triton.cdiv(count, 64), parts](
-            features, rows, weight[of], partial[:, :, of], count, D, columns, heads * classes, share_of_part, NAME=sigma, POWERS=n, BB=64, BD=16, **how
+        _logits[blocks, triton.cdiv(count, 128), parts](
+            features, rows, *terms[:, of], partial[:, :, of], count, D, columns, heads * classes, depth, NAME=sigma, POWERS=n, BB=128, BD=16, **how
         )
     _judge[heads,](
-        partial, bias, labels, slope, to.bias, to.loss, to.right, share, parts, count, heads, classes, BB=64, BC=max(16, triton.next_power_of_2(classes))
+        partial, bias, labels, slope, to.bias, to.loss, to.right, share, parts, count, deep, heads, classes, BB=64, BC=max(16, triton.next_power_of_2(classes))
     )
     for n, of in together:
-        _gradient[blocks, triton.cdiv(D, 64)](features, rows, slope[:, of], to.weight[of], count, D, columns, heads * classes, NAME=sigma, POWERS=n, BB=16, BD=64, **how)
+        _gradient[blocks, triton.cdiv(D, 128)](features, rows, *slope[:, of], to.weight[of], count, deep, D, columns, NAME=sigma, POWERS=n, BB=16, BD=128, **how)

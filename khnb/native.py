@@ -333,12 +333,6 @@ def _activated(x: Tensor, sigma: str, n: float, slope: Tensor | None = None, out
     return out
 
 
-def read_together(columns: int) -> tuple[int, int]:
-    """For how many powers at most, and how many columns of weights of each, a GPU reads features at once: as many as its registers hold."""
-    wide = min(128, max(16, 1 << (columns - 1).bit_length()))
-    return 128 // wide, wide
-
-
 def classifies(weight: Tensor) -> bool:
     """Whether :func:`classify` serves classifiers with these weights: float32 on the CPU."""
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and _library() is not None

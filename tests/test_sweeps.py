@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from khnb import costs, pipeline, results, sweeps
+from khnb import costs, costs_gpu, pipeline, results, sweeps
 from khnb import data as datasets
 from khnb.results import Store
 from khnb.settings import ConvSettings
@@ -307,13 +307,14 @@ class TestCosts:
         told = sweeps.plan(found, {group.id: 3600.0 for group in found}, 2, found[1:])
         assert "layers" in told and "1 of 3 groups are done." in told and "The 2 left take about 2.0 h on 2 workers." in told
 
-    def test_on_a_gpu_the_slowest_of_four_counts(self):
+    def test_on_a_gpu_the_slowest_of_five_counts(self):
         (group,) = sweeps.groups("E02")
-        cost, card = costs.of(group), costs.Card(flops=1e30, tensor=1e30, bandwidth=1e30, cache=1e30, launch=1.0)
-        assert costs.on_gpu(group, card) == cost.launches
-        assert costs.on_gpu(group, replace(card, tensor=1.0, reached=0.5)) == 2 * cost.tensor >= 2 * cost.flop
-        assert costs.on_gpu(group, replace(card, bandwidth=1e-3, reached=0.5)) == 2e3 * cost.moved
-        assert costs.on_gpu(group, replace(card, cache=1e-3, reached=0.5)) == 2e3 * cost.cached
+        use, card = costs_gpu.of(group), costs_gpu.Card(tensor=1e30, issued=1e30, bandwidth=1e30, cache=1e30, launch=1.0)
+        assert costs_gpu.seconds(group, card) == use.launches
+        assert costs_gpu.seconds(group, replace(card, tensor=1.0, reached=0.5)) == 2 * use.tensor >= costs.of(group).flop
+        assert costs_gpu.seconds(group, replace(card, issued=1e-3, reached=0.5)) == 2e3 * use.issued
+        assert costs_gpu.seconds(group, replace(card, bandwidth=1e-3, reached=0.5)) == 2e3 * use.moved
+        assert costs_gpu.seconds(group, replace(card, cache=1e-3, reached=0.5)) == 2e3 * use.cached
 
 
 class Cuda:
