@@ -155,6 +155,26 @@ class TestConvolution:
             torch.testing.assert_close(one, plain, atol=1e-5 * max(1, plain.abs().max().item()), rtol=1e-4)
 
 
+class TestTerms:
+    def test_their_products_are_as_precise_as_those_of_float32(self, gpu):
+        """In sums of as many as there are weights, of the upper 10 bits of each term, which is what tensor cores take; the interpreter takes all bits."""
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(1000, 432, generator=generator), torch.rand(432, generator=generator)
+        terms = [gpu._in_terms(each.to(DEVICE)).cpu() for each in (x, y)]
+        for (high, low), each in zip(terms, (x, y), strict=True):
+            assert torch.equal(high + low, each) and (high.view(torch.int32) & 0x1FFF).eq(0).all() and (low.abs() <= high.abs() * 2**-11).all()
+        (a, a_low), (b, b_low) = ([(term.view(torch.int32) & ~0x1FFF).view(torch.float32).double() for term in pair] for pair in terms)
+        exact, single = x.double() @ y.double(), torch.zeros(1000)
+        for column, weight in zip(x.T, y, strict=True):
+            single += column * weight
+        assert (a @ b + a @ b_low + a_low @ b - exact).abs().mean() < (single - exact).abs().mean() / 2
+        assert (a @ b - exact).abs().mean() > 100 * (single - exact).abs().mean(), "one product would not do"
+
+    def test_what_is_no_number(self, gpu):
+        high, low = gpu._in_terms(torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0], device=DEVICE)).cpu()
+        assert not (high + low)[:3].isfinite().any() and (high + low)[3:].eq(0).all()
+
+
 class TestActivation:
     @pytest.mark.parametrize("n", [1, 2, 5, 16, 1.5])
     @pytest.mark.parametrize("sigma", models.ACTIVATIONS)
