@@ -60,6 +60,7 @@ PRODUCT = dict(
 )
 RANK = {128: 73, 256: 95, 512: 141}  # ... for a patch, each neuron until the m-th most active one
 ACTIVITY, COMPARED = 0.45, 0.2  # ... for an activity besides, and each that it is compared with
+SPREAD = 0.5  # ... for an output of the pooling, of which the slope is added
 FEATURE, POWER = 1.85, 0.35  # ... and of classifiers, of GeLU, for a feature each time it is read, and each power of it
 
 
@@ -111,6 +112,7 @@ def of(group, memory: float = MEMORY, card: Card | None = None) -> Use:
             use.tensor += products
             use.issued += PRODUCT["_filters"] * products + 6 * classes * size * seen / 64
             use.cached += 4 * F * places * _up(D, 64) / 64 * seen
+            _spread(use, F, places, size, seen)
             use.moved += (8 * F * places + 60 * size + 39 * pixels + 28 * (classes * size + F * D) / head.head_batch) * seen
             use.launches += 32 * seen / head.head_batch
     else:
@@ -120,6 +122,7 @@ def of(group, memory: float = MEMORY, card: Card | None = None) -> Use:
             forwards, gradients = (images["test"] * count for count in looks(model, attacks, body["audited"]))
             _convolved(use, K, w, head, forwards + gradients, card)
             use.issued += (2 * classes * size * (forwards + 2 * gradients) + 2 * F * D * places * gradients) / 64
+            _spread(use, F, places, size, gradients)
             use.moved += 16 * size * forwards + (8 * F * places + (112 if kind == "LL" else 52) * size) * gradients
             use.moved += 12 * pixels * (forwards + gradients)  # in terms
             if kind == "LL":  # norms of patches
@@ -139,6 +142,12 @@ def _convolved(use: Use, K: int, w: int, head: HeadSettings, images: float, card
     use.issued += PRODUCT["_conv_pool"][tile, block] * products + (ACTIVITY * _up(places, tile) + COMPARED * compared) * filters * images
     # weights, for so many places; activities, and the largest of their rows, written and read, and read again from a processor's own cache, about so many times faster
     use.cached += 8 / tile * products + (8 * places + 10 * rows + 4 * compared / near) * filters * images
+
+
+def _spread(use: Use, F: int, places: int, size: int, images: float) -> None:
+    """What kernels_gpu.spread does in the cache: zeros, and 32 bytes read and written for each output, as others are between."""
+    use.cached += (4 * F * places + 64 * size) * images
+    use.issued += SPREAD * size * images
 
 
 def _up(count: int, block: int) -> int:

@@ -331,6 +331,31 @@ def conv_pool(images: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor
 
 
 @triton.jit
+def _spread(slope, where, out, maps, outputs, places, programs, BM: tl.constexpr, BN: tl.constexpr):
+    """BM maps after the other, each in a thread of its own: what each output adds to the place that it was taken from, one after the other."""
+    for block in range(tl.program_id(0), tl.cdiv(maps, BM), programs):
+        first = (tl.full((), 0, tl.int64) + block) * BM
+        for start in range(0, BM * places, BN):
+            n = start + tl.arange(0, BN)
+            tl.store(out + first * places + n, tl.zeros((BN,), tl.float32), mask=n < tl.minimum(maps - first, BM) * places)
+        tl.debug_barrier()
+        m = first + tl.arange(0, BM)
+        for o in range(outputs):
+            at = out + m * places + tl.load(where + m * outputs + o, mask=m < maps, other=0)
+            tl.store(at, tl.load(at, mask=m < maps, other=0.0) + tl.load(slope + m * outputs + o, mask=m < maps, other=0.0), mask=m < maps)
+
+
+def spread(slope: Tensor, where: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The slope of the activities, of this shape (B, F, H-w+1, W-w+1), from that of the pooled ones (B, F, P, P) and where these were (int64): see
+    :func:`conv_pool`. Always added up in the same order. PyTorch looks at each place for all the windows it is in, about thirty.
+    """
+    out, maps, places = torch.empty(shape, device=slope.device), shape[0] * shape[1], shape[2] * shape[3]
+    programs = max(1, min(triton.cdiv(maps, 128), 10 * 2**20 // (128 * places)))  # as many as keep their maps in the cache
+    _spread[programs,](slope, where, out, maps, slope[0, 0].numel(), places, programs, BM=128, BN=1024)
+    return out
+
+
+@triton.jit
 def _filters(
     images, images_rest, slope, partial, count, filters, parts,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, w: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,

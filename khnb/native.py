@@ -239,17 +239,20 @@ class _ConvPool(torch.autograd.Function):
 
     @staticmethod
     def _plain(images, weight, scale, where, out, grad, pool, of_images, of_weight, of_bias, of_scale):
-        w, slope, flat = weight.shape[-1], None, where.flatten(1)
+        w, slope, flat, kernels = weight.shape[-1], None, where.flatten(1), gpu(images)
         dbias = grad.sum((0, 2, 3)) if of_bias else None
         if scale is not None:
             if of_scale:
                 slope = torch.zeros_like(scale).flatten(1).scatter_add_(1, flat, (grad * out).flatten(1)).view_as(scale) / scale
             grad = grad * scale.flatten(1).gather(1, flat).view_as(grad)
         shape = len(images), len(weight), images.shape[2] - w + 1, images.shape[3] - w + 1
-        sides = [[side, side] for side in (*pool, 0, 1)]  # window, stride, padding, dilation
-        # the activities are asked for, and not looked at
-        dense = torch.ops.aten.max_pool2d_with_indices_backward(grad, grad.new_empty(shape), *sides, False, where)
-        found, dweight, kernels = None, None, gpu(images)
+        if kernels:
+            dense = kernels.spread(grad.contiguous(), where, shape)
+        else:
+            sides = [[side, side] for side in (*pool, 0, 1)]  # window, stride, padding, dilation
+            # the activities are asked for, and not looked at
+            dense = torch.ops.aten.max_pool2d_with_indices_backward(grad, grad.new_empty(shape), *sides, False, where)
+        found, dweight = None, None
         if of_images:
             found = conv2d_input(images.shape, weight, dense)
         if of_weight:

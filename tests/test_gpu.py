@@ -36,7 +36,7 @@ def gpu():
 def served(gpu, monkeypatch):
     """The kernels instead of those of the CPU; returns how often each was called."""
     calls = {}
-    for name in ("gather", "learn", "conv_pool", "filters_gradient", "activated", "classify"):
+    for name in ("gather", "learn", "conv_pool", "spread", "filters_gradient", "activated", "classify"):
 
         def counted(*given, name=name, call=getattr(gpu, name), **more):
             calls[name] = calls.get(name, 0) + 1
@@ -128,6 +128,15 @@ class TestConvolution:
         (found,), _ = gpu.conv_pool(images, torch.ones(1, 1, 3, 3, device=DEVICE), None, None, [(2, 2)], False)
         assert found.isnan().sum() == 1 and found[0, 0, 2, 2].isnan()
 
+    def test_slopes_go_to_where_the_largest_activities_were(self, gpu):
+        generator = torch.Generator().manual_seed(0)
+        activity = torch.rand(6, 50, 13, 13, generator=generator, dtype=torch.float64).requires_grad_()
+        pooled, where = F.max_pool2d(activity, 5, 2, return_indices=True)
+        slope = torch.rand(pooled.shape, generator=generator)
+        pooled.backward(slope.double())
+        found = gpu.spread(slope.to(DEVICE), where.to(DEVICE), activity.shape).cpu()
+        torch.testing.assert_close(found.double(), activity.grad, rtol=1e-6, atol=0)
+
     @pytest.mark.parametrize(("channels", "side", "w", "filters", "count"), [(1, 12, 4, 5, 3), (3, 11, 7, 70, 2), (2, 9, 6, 64, 1)])
     @pytest.mark.parametrize("multiprocessors", [1, 4])
     def test_gradients_of_filters(self, channels, side, w, filters, count, multiprocessors, gpu, monkeypatch):
@@ -145,7 +154,7 @@ class TestConvolution:
         weight = torch.rand(9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         for kernels in (True, False):
             if not kernels:
-                assert served == dict(conv_pool=2, activated=3) | (dict(filters_gradient=1) if p is None else {})
+                assert served == dict(conv_pool=2, spread=1, activated=3) | (dict(filters_gradient=1) if p is None else {})
                 monkeypatch.setattr(native, "gpu", lambda tensor: None)
             model = (models.bp_network(3, 8, head, 3, 32, 10) if p is None else models.ll_network(weight, p, head, 32, 10)).to(DEVICE)
             x = images.to(DEVICE).requires_grad_()
@@ -256,7 +265,7 @@ class TestClassifiers:
             torch.testing.assert_close(one.network.linear.weight, plain.network.linear.weight, atol=1e-5, rtol=1e-4)
 
 
-KERNELS = ("_gather", "_rank", "_change", "_step", "_conv_pool", "_filters", "_activated", "_split", "_logits", "_judge", "_gradient")
+KERNELS = ("_gather", "_rank", "_change", "_step", "_conv_pool", "_spread", "_filters", "_activated", "_split", "_logits", "_judge", "_gradient")
 CACHED = ("room", "columns", "images", "images_rest")  # what kernels write and read again at once, and what is far smaller than what is made of it
 
 
@@ -462,6 +471,7 @@ def test_they_compile_for_a_gpu_that_is_not_here():
             )
             near(costs_gpu.PRODUCT["_conv_pool"][tile, block], product, tile * block * 16)
             near(costs_gpu.COMPARED, sum(sorted(compared)[-2:]) / 2, 16 * block * q)
+        made(k._spread, numbers="maps outputs places programs", products=False, long="where", BM=128, BN=1024)
         for w in (4, 12):
             product, *_ = made(k._filters, numbers="count filters parts", w=w, BF=64, BD=64, BN=16, **image)
             near(costs_gpu.PRODUCT["_filters"], product, 64 * 64 * 16)
@@ -476,7 +486,7 @@ def test_they_compile_for_a_gpu_that_is_not_here():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 28
+    assert len(done.stdout.splitlines()) == 29
 
 
 def test_the_benchmark_runs():
