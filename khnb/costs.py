@@ -341,4 +341,3 @@ def schedule(groups: list, times: dict[str, float], workers: int, done: set[str]
             if not left[user]:
                 heapq.heappush(ready, (-times[user], user))
     return now
-

@@ -1,7 +1,7 @@
 """What a group of a sweep costs on a GPU, by the shapes of what is computed: an estimate. **Not run on a GPU.**
 
-Bytes and launches are those that the code asks for, instructions those of the loops of the compiled kernels; tests/test_gpu.py counts all of them. Of
-PyTorch's operations the bytes count, and the instructions of convolutions and products of matrices. ``python -m khnb.costs_gpu`` prints the table of the whole thesis.
+Bytes of memory and launches are those that the code asks for, instructions those of the loops of the compiled kernels; tests/test_gpu.py counts these.
+Bytes of the cache are reckoned alone. Of PyTorch's operations the bytes count, and the instructions of convolutions and products of matrices. ``python -m khnb.costs_gpu`` prints the table of the whole thesis.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def of(group, memory: float = MEMORY, card: Card | None = None) -> Use:
             F, D, count = conv.K**2, channels * conv.w**2, patches(group, conv) * seeds
             (block, together), wide = ranked(F), _up(F, 64)
             most = max(128, together)
-            use.tensor += (together + wide) * _up(D, 16) * count
-            use.issued += (PRODUCT["_rank"][most] * together * D + PRODUCT["_change"] * wide * _up(D, 64) + RANK[most] * conv.m) * count
-            use.cached += 4 * D * (F / block + wide / 64) * count
+            use.tensor += (together * _up(D, 16) + wide * _up(D, 64)) * count
+            use.issued += (PRODUCT["_rank"][most] * together * _up(D, 16) + PRODUCT["_change"] * wide * _up(D, 64) + RANK[most] * conv.m) * count
+            use.cached += 4 * D * (F / block + 1 + wide / 64) * count
             use.moved += (28 * F * D / conv.conv_batch + 32) * count
         orders, count = len({conv.p for conv in convs}), max(patches(group, conv) for conv in convs)
         stacks = len({(conv.K, conv.conv_rank, conv.conv_scale) for conv in convs})
@@ -92,8 +92,8 @@ def of(group, memory: float = MEMORY, card: Card | None = None) -> Use:
         for head in heads:
             seen, size = images["train"] * head.head_epochs, features(conv.K, conv.w, head)
             same.setdefault((head.w_pool, head.s_pool, head.sigma, size, seen, head.head_batch), Counter())[head.n] += 1
-            use.cached += 8 * classes / 128 * size * seen  # its weights, by blocks of images
-            use.moved += (52 * size / head.head_batch + 16 + 8 * read_together(classes, size)[2]) * classes * seen  # gradients, AdamW, and in terms; slopes, and logits in parts
+            use.cached += 16 * classes / 128 * size * seen  # its weights, by blocks of images, and the slopes of its logits, by blocks of features
+            use.moved += (60 * size / head.head_batch + 16 + 8 * read_together(classes, size)[2]) * classes * seen  # gradients, AdamW, and in terms; slopes, and logits in parts
         for (*_, size, seen, batch), counts in same.items():
             for each in set(counts.values()):  # classifiers of each of so many powers: features are read as they are kept, for both products
                 powers, (some, wide, _) = sum(count == each for count in counts.values()), read_together(each * classes, size)

@@ -87,9 +87,16 @@ class Features:
                 x.copy_(torch.index_select(self.kept[pool], 0, index, out=rough))
             yield pool, x
 
+    def holds(self, index: Tensor) -> bool:
+        """Whether the features of all these images, by number, are kept."""
+        return bool((index < len(self.kept[self.pools[0]])).all())
+
     def rows(self, index: Tensor) -> Iterator[tuple[tuple, Tensor, Tensor]]:
-        """The same, not copied where it is kept: for each pooling its entry, features (as they are kept, or float32) and which rows of them, (B,) int64."""
-        if (index < len(self.kept[self.pools[0]])).all():
+        """The same, not copied where it :meth:`holds` them: for each pooling its entry, features (as they are kept, or float32) and which rows of them, (B,) int64.
+
+        Then it can be more than ``part`` images.
+        """
+        if self.holds(index):
             index = index.to(self.device)
             yield from ((pool, self.kept[pool], index) for pool in self.pools)
         else:
@@ -271,7 +278,7 @@ def _arrange(heads: list[Head], ways: dict) -> list[tuple[tuple, dict[str, list[
 
 
 def _joined(heads: list[Head]) -> torch.optim.AdamW:
-    """What takes the step of all their optimizers, which have the same settings, at once: on a GPU one launch in place of one each. It works on their states."""
+    """What takes the step of all their optimizers, which have the same settings, at once: on a GPU a launch for about fifteen in place of one each. It works on their states."""
     learned = {parameter: head.optimizer for head in heads for parameter in head.optimizer.param_groups[0]["params"]}
     joined = torch.optim.AdamW(list(learned), lr=heads[0].optimizer.param_groups[0]["lr"], fused=True)
     for parameter, optimizer in learned.items():
@@ -305,7 +312,7 @@ def _train_epoch(features: Features, labels: Tensor, together: list, active: lis
     room = torch.empty_like(features.room[: 0 if kernels else None])
     order = epoch_order(len(features.images), settings.head_order, epoch)
     for index in order.split(settings.head_batch):
-        for part in index.split(features.part):
+        for part in index.split(len(index) if kernels and features.holds(index) else features.part):
             target, share = labels[part.to(labels.device)], 1 / len(index)
             for pool, x, *rows in features.rows(part) if kernels else features.of(part):
                 for sigma, ones in by_pool.get(pool, {}).items():
@@ -321,11 +328,14 @@ def _train_epoch(features: Features, labels: Tensor, together: list, active: lis
             optimizer.step()
         for one in every:
             one.clear()
-    seconds, count = (time.perf_counter() - started) / len(active), len(labels)
+    found = []  # once a GPU is done
     for one in every:
         sums = (sum(getattr(each, name) for each in one.sums).tolist() for name in ("loss", "right"))
         largest = torch.linalg.vector_norm(one.weight, float("inf"), (1, 2)).tolist()  # no number if one of them is none
-        for head, loss, right, size in zip(one.heads, *sums, largest, strict=True):
+        found.append(zip(one.heads, *sums, largest, strict=True))
+    seconds, count = (time.perf_counter() - started) / len(active), len(labels)
+    for one in found:
+        for head, loss, right, size in one:
             eta = head.optimizer.param_groups[0]["lr"]
             head.history.append(dict(epoch=epoch + 1, eta=eta, loss=loss / count, accuracy=right / count, seconds=seconds))
             if not (math.isfinite(loss) and math.isfinite(size)):

@@ -2,7 +2,8 @@
 activation functions, classifiers. **Not run on a GPU yet.**
 
 Their results are those of the plain PyTorch path but for rounding, and the same every time; what PyTorch does around them need not be (the gradient of
-patch norms is added up in any order there). Matrix products are made of three products of TF32 terms each, which are as precise as single precision.
+patch norms is added up in any order there). Matrix products are made of three products of TF32 terms each, which lose less than sums in single precision do; how tensor cores add
+them up is not tested here.
 Import this through :func:`khnb.native.gpu`.
 """
 
@@ -350,8 +351,9 @@ def spread(slope: Tensor, where: Tensor, shape: tuple[int, ...]) -> Tensor:
     :func:`conv_pool`. Always added up in the same order. PyTorch looks at each place for all the windows it is in, about thirty.
     """
     out, maps, places = torch.empty(shape, device=slope.device), shape[0] * shape[1], shape[2] * shape[3]
-    programs = max(1, min(triton.cdiv(maps, 128), 10 * 2**20 // (128 * places)))  # as many as keep their maps in the cache
-    _spread[programs,](slope, where, out, maps, slope[0, 0].numel(), places, programs, BM=128, BN=1024)
+    programs = min(triton.cdiv(maps, 128), max(1, 10 * 2**20 // (128 * places)))  # as many as keep their maps in the cache
+    if programs:
+        _spread[programs,](slope, where, out, maps, slope.shape[2] * slope.shape[3], places, programs, BM=128, BN=1024)
     return out
 
 

@@ -10,11 +10,11 @@ def ranked(neurons: int) -> tuple[int, int]:
 
 
 def rooms(numbers: float, count: int, filters: int, processors: int) -> tuple[int, int]:
-    """How many filters a program on a GPU convolves together, and how many programs there are: as many as keep what they need in the cache, ``numbers`` of
-    each filter; 40 MB are taken."""
+    """How many filters a program on a GPU convolves together, and how many programs there are, one or two for each processor: as many as keep what they
+    need in the cache, ``numbers`` of each filter; 40 MB are taken."""
     most = int(10 * 2**20 // numbers)
     block = 64 if most >= 64 * processors else 32
-    return block, min(count * -(-filters // block), max(processors, min(2 * processors, most // block)))
+    return block, min(count * -(-filters // block), processors * max(1, min(2, most // block // processors)))
 
 
 def places_together(places: int) -> int:
