@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import heapq
 import json
-import math
 import os
 import tempfile
 import time

@@ -86,7 +86,7 @@ def of(group, memory: float = MEMORY, card: Card | None = None) -> Use:
         conv, heads, kept = ConvSettings(**body["conv"]), [HeadSettings(**head) for head in body["heads"]], getattr(torch, body["feature_dtype"]).itemsize
         count, epochs = convolved(group, memory), max(head.head_epochs for head in heads)
         for head in {(head.w_pool, head.s_pool): head for head in heads}.values():  # each pooling has a convolution of its own
-            _convolved(use, conv.K, conv.w, head, count, card)
+            _conv_pool(use, conv.K, conv.w, head, count, card)
             use.moved += (8 + kept) * features(conv.K, conv.w, head) * count
         same: dict[tuple, Counter] = {}
         for head in heads:
@@ -107,7 +107,7 @@ def of(group, memory: float = MEMORY, card: Card | None = None) -> Use:
     elif group.kind == "bp":
         for _, K, w, head in map(shape, body["models"]):
             F, D, places, size, seen = K**2, channels * w**2, side(w) ** 2, features(K, w, head), images["train"] * head.head_epochs
-            _convolved(use, K, w, head, seen, card)
+            _conv_pool(use, K, w, head, seen, card)
             products = _up(F, 64) * _up(D, 64) * _up(places, 16) * seen  # of kernels_gpu.filters_gradient
             use.tensor += products
             use.issued += PRODUCT["_filters"] * products + 6 * classes * size * seen / 64
@@ -120,7 +120,7 @@ def of(group, memory: float = MEMORY, card: Card | None = None) -> Use:
             kind, K, w, head = shape(model)
             F, D, places, size = K**2, channels * w**2, side(w) ** 2, features(K, w, head)
             forwards, gradients = (images["test"] * count for count in looks(model, attacks, body["audited"]))
-            _convolved(use, K, w, head, forwards + gradients, card)
+            _conv_pool(use, K, w, head, forwards + gradients, card)
             use.issued += (2 * classes * size * (forwards + 2 * gradients) + 2 * F * D * places * gradients) / 64
             _spread(use, F, places, size, gradients)
             use.moved += 16 * size * forwards + (8 * F * places + (112 if kind == "LL" else 52) * size) * gradients
@@ -131,7 +131,7 @@ def of(group, memory: float = MEMORY, card: Card | None = None) -> Use:
     return use
 
 
-def _convolved(use: Use, K: int, w: int, head: HeadSettings, images: float, card: Card) -> None:
+def _conv_pool(use: Use, K: int, w: int, head: HeadSettings, images: float, card: Card) -> None:
     """What kernels_gpu.conv_pool does."""
     F, D, places, wide, near = K**2, _up(datasets.SHAPE[0] * w**2, 16), side(w) ** 2, (side(w) - head.w_pool) // head.s_pool + 1, 5
     rows, tile = side(w) * wide, places_together(places)

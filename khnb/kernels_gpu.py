@@ -64,12 +64,17 @@ def _terms(x):
 
 
 @triton.jit
-def _product(a, b_high, b_low, total):
-    """total + a times b, as three products of TF32 terms; b comes in these terms, made once for many products."""
-    high, low = _terms(a)
-    total = tl.dot(low, b_high, total, input_precision="tf32")
-    total = tl.dot(high, b_low, total, input_precision="tf32")
-    return tl.dot(high, b_high, total, input_precision="tf32")
+def _product(a, a_rest, b, b_rest, total):
+    """total + a times b, each in its terms, as three products of TF32."""
+    total = tl.dot(a_rest, b, total, input_precision="tf32")
+    total = tl.dot(a, b_rest, total, input_precision="tf32")
+    return tl.dot(a, b, total, input_precision="tf32")
+
+
+@triton.jit
+def _away(d, H, W, w):
+    """How far the d-th value of a patch is from its corner, in an image."""
+    return d // (w * w) * H * W + d // w % w * W + d % w
 
 
 @triton.jit
@@ -98,7 +103,7 @@ def _gather(images, ids, orders, rows, scales, N, C, H, W, w, BYTES: tl.constexp
     corner = id // ((H - w + 1) * across) * C * H * W + place // across * W + place % across
     for first in range(0, D, BD):
         d = first + tl.arange(0, BD)
-        away, there = d // (w * w) * H * W + d // w % w * W + d % w, (n[:, None] < N) & (d[None, :] < D)
+        away, there = _away(d, H, W, w), (n[:, None] < N) & (d[None, :] < D)
         v = tl.load(images + corner[:, None] + away[None, :], mask=there, other=0).to(tl.float32)
         if BYTES:
             v /= 255
@@ -137,7 +142,7 @@ def _rank(synapses, size, patches, m, winner, inhibited, of_winner, of_inhibited
         d = first + tl.arange(0, BD)
         s = tl.load(synapses + layer * F * D + f[:, None] * D + d[None, :], mask=(f[:, None] < F) & (d[None, :] < D), other=0.0)
         v = tl.load(patches + n[None, :] * D + d[:, None], mask=(n[None, :] < N) & (d[:, None] < D), other=0.0)
-        activity = _product(s, *_terms(v), activity)
+        activity = _product(*_terms(s), *_terms(v), activity)
     score = tl.where(f[:, None] < F, activity / tl.load(size + layer * F + f, mask=f < F, other=1.0)[:, None], -INF)
     best = _first_largest(score, f, BF)
     last = best
@@ -169,7 +174,7 @@ def _change(
         hebb = tl.where(f[:, None] == tl.load(winner + at, mask=n < N, other=-1)[None, :], scale, 0.0)
         anti = tl.where(f[:, None] == tl.load(inhibited + at, mask=n < N, other=-1)[None, :], scale * against, 0.0)
         v = tl.load(patches + n[:, None] * D + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)
-        towards = _product(hebb - anti, *_terms(v), towards)
+        towards = _product(*_terms(hebb - anti), *_terms(v), towards)
         mine = tl.load(of_winner + at, mask=n < N, other=0.0)[None, :]
         away += hebb * mine - anti * tl.load(of_inhibited + at, mask=n < N, other=0.0)[None, :]
     at, there = layer * F * D + f[:, None] * D + d[None, :], (f[:, None] < F) & (d[None, :] < D)
@@ -271,12 +276,10 @@ def _conv_pool(
             corner, activity = here // across * W + here % across, tl.zeros((BN, BF), tl.float32)
             for first in range(0, DEEP, BD):
                 d = first + tl.arange(0, BD)
-                away = tl.where(d < D, d // (w * w) * H * W + d // w % w * W + d % w, 0)  # a pixel of the patch also where the weight is 0
+                away = tl.where(d < D, _away(d, H, W, w), 0)  # a pixel of the patch also where the weight is 0
                 at, to, there = corner[:, None] + away[None, :], f[None, :] * DEEP + d[:, None], f[None, :] < filters
                 x, k, low = tl.load(image + at), tl.load(weight + to, mask=there, other=0.0), tl.load(weight_rest + to, mask=there, other=0.0)
-                activity = tl.dot(tl.load(image_rest + at), k, activity, input_precision="tf32")
-                activity = tl.dot(x, low, activity, input_precision="tf32")
-                activity = tl.dot(x, k, activity, input_precision="tf32")
+                activity = _product(x, tl.load(image_rest + at), k, low, activity)
             if BIASED:
                 activity += tl.load(bias + f, mask=f < filters, other=0.0)[None, :]
             if SCALED:
@@ -367,7 +370,7 @@ def _filters(
     places: tl.constexpr = (H - w + 1) * across
     D: tl.constexpr = C * w * w
     f, d, part = tl.program_id(0) * BF + tl.arange(0, BF), tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2)
-    away = tl.where(d < D, d // (w * w) * H * W + d // w % w * W + d % w, 0)
+    away = tl.where(d < D, _away(d, H, W, w), 0)
     total = tl.zeros((BF, BD), tl.float32)
     for b in range(part, count, parts):
         of, at = slope + (b * filters).to(tl.int64) * places, b * C * H * W
@@ -376,7 +379,7 @@ def _filters(
             g = tl.load(of + f[:, None] * places + n[None, :], mask=(f[:, None] < filters) & (n[None, :] < places), other=0.0)
             here = tl.minimum(n, places - 1)
             x = at + away[:, None] + (here // across * W + here % across)[None, :]  # neighbours in a row of an image lie side by side
-            total = _product(g, tl.trans(tl.load(images + x)), tl.trans(tl.load(images_rest + x)), total)
+            total = _product(*_terms(g), tl.trans(tl.load(images + x)), tl.trans(tl.load(images_rest + x)), total)
     tl.store(partial + (part * filters + f)[:, None] * D + d[None, :], total, mask=(f[:, None] < filters) & (d[None, :] < D))
 
 
@@ -449,9 +452,9 @@ def _activated(x, slope, out, n, count, NAME: tl.constexpr, WHOLE: tl.constexpr,
     tl.store(out + at, found, mask=at < count)
 
 
-def activated(x: Tensor, sigma: str, n: float, slope: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def activated(x: Tensor, sigma: str, n: float, slope: Tensor | None = None) -> Tensor:
     """sigma(x)^n, element by element, or, with the slope of that, the slope of x: in one pass. All float32, contiguous, of one shape."""
-    out, whole, block = torch.empty_like(x) if out is None else out, n == int(n), 1024
+    out, whole, block = torch.empty_like(x), n == int(n), 1024
     grid = triton.cdiv(x.numel(), block),
     if x.numel():
         _activated[grid](x, x if slope is None else slope, out, int(n) if whole else n, x.numel(), NAME=sigma, WHOLE=whole, BACK=slope is not None, BN=block)
@@ -482,7 +485,7 @@ def _logits(
         for i in tl.static_range(len(POWERS)):
             at, there = (i * columns + c).to(tl.int64)[None, :] * D + d[:, None], (c[None, :] < columns) & (d[:, None] < D)
             w, low = tl.load(weight + at, mask=there, other=0.0), tl.load(rest + at, mask=there, other=0.0)
-            sums += (_product(_raised(y, POWERS[i]), w, low, total[i]),)
+            sums += (_product(*_terms(_raised(y, POWERS[i])), w, low, total[i]),)
         total = sums
     for i in tl.static_range(len(POWERS)):
         to = (part * count + b)[:, None] * width + (i * columns + c)[None, :]
@@ -535,7 +538,7 @@ def _gradient(
         for i in tl.static_range(len(POWERS)):
             at, there = (i * columns + c)[None, :] * deep + b[:, None], (c[None, :] < columns) & (b[:, None] < deep)
             g, low = tl.load(slope + at, mask=there, other=0.0), tl.load(rest + at, mask=there, other=0.0)
-            sums += (_product(_raised(y, POWERS[i]), g, low, total[i]),)
+            sums += (_product(*_terms(_raised(y, POWERS[i])), g, low, total[i]),)
         total = sums
     for i in tl.static_range(len(POWERS)):
         place, there = (i * columns + c).to(tl.int64)[None, :] * D + d[:, None], (c[None, :] < columns) & (d[:, None] < D)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from khnb import attacks, costs, costs_gpu, learning, models, native, sweeps, training
+from khnb import attacks, costs_gpu, learning, models, native, sweeps, training
 from khnb import heads as heads_module
 from khnb.heads import Head, train_heads
 from khnb.patches import chosen, scales
