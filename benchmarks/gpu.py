@@ -1,13 +1,17 @@
-"""What a GPU does of what ``khnb.costs_gpu`` expects of it: ``python benchmarks/gpu.py [--device cpu] [--small]``. **Not run on a GPU yet.**
+"""What a GPU does of the floor that ``khnb.costs_gpu`` reckons: ``python benchmarks/gpu.py [--out FILE] [--device cpu] [--small]``.
 
 For KH layers, classifiers, BP models and attacks, at shapes of the thesis: seconds with the kernels of ``khnb/kernels_gpu.py`` and without (plain PyTorch),
-in interleaved rounds, their ratio, and how the first compares with the estimate. A few minutes. On random images, as only times matter. ``--small``
-is to try the script itself. The estimate is of an H100-class GPU whatever this one is; so is its share of the peaks, 60%, which is what is to be learned here.
+in interleaved rounds, their ratio, and the share of the floor that the first reach. What is made once (first filters, features) is left out, as the difference
+of a longer and a shorter run. About a minute, and as long again to compile. On random images, as only times matter. ``--small`` is to try the script itself.
+``benchmarks/gpu-h200.json`` is what came out on an NVIDIA H200; ``costs_gpu.REACHED`` has its medians.
 """
 
 import argparse
+import functools
+import json
 import statistics
 import time
+from pathlib import Path
 
 from khnb import native  # before torch, whose threads it keeps from spinning
 
@@ -15,61 +19,103 @@ import torch
 
 from khnb import attacks, costs_gpu, learning, models, sweeps, training
 from khnb.heads import Head, train_heads
+from khnb.layer import KHConv2d
 from khnb.pipeline import pick_device
 from khnb.settings import ConvSettings, HeadSettings
 
-CLASSES, SHAPE, SIDE = 10, (3, 32, 32), 32
+CLASSES, SIDE = 10, 32
+HEAD = HeadSettings(sigma="elu", n=4, w_pool=9, head_epochs=1, head_batch=1000)
 
 
-def groups(small: bool):
-    """(what, images, group, ready) for each kind: ``ready(device, images, labels)`` makes the models, and gives what does once what the group asks for on so many images."""
-    few = 2 if small else 1000
-    for K, w in [(3, 8)] if small else [(10, 4), (20, 4), (20, 12)]:
-        convs = [ConvSettings(K=K, w=w, m=m, p=p, conv_epochs=1, conv_batch=100 if small else 1000) for p in (2.0, 3.0, 4.0) for m in (2, 3, 5)]
-        group = sweeps.Group("layers", "cifar10-sample", dict(convs=[conv.dict() for conv in convs]))
-        yield f"9 KH layers, K={K} w={w}", few, group, lambda device, images, labels, convs=convs: lambda: learning.train_layers(images, convs, device)
+def data(count: int):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    return images, torch.randint(0, CLASSES, (count,), generator=generator)
 
+
+@functools.cache
+def thesis(kind: str, K: int, w: int) -> dict:
+    """A group of the thesis's grid 3."""
+    of = {"layers": lambda body: body["convs"][0], "heads": lambda body: body["conv"]}[kind]
+    for group in sweeps.groups("E07+E08+E09", "thesis", 80 * 2**30):
+        if group.kind == kind and of(group.body)["w"] == w and (kind == "layers" or of(group.body)["K"] == K):
+            return group.body
+    raise ValueError(f"no {kind} with K={K}, w={w} in grid 3")
+
+
+def layers(w: int, images: int, small: bool):
+    convs = [ConvSettings(**{**conv, "conv_epochs": 1}) for conv in thesis("layers", 0, w)["convs"]][: 2 if small else None]
+    x, _ = data(images)
+    group = sweeps.Group("layers", "cifar10-sample", dict(convs=[conv.dict() for conv in convs]))
+    return group, (images, 0), lambda device: lambda: learning.train_layers(x, convs, device)
+
+
+def classifiers(K: int, w: int, epochs: int, images: int, small: bool):
+    body = thesis("heads", K, w)
+    heads = [HeadSettings(**{**head, "head_epochs": epochs}) for head in body["heads"]][: 2 if small else None]
+    conv, (x, y) = ConvSettings(**body["conv"]), data(images)
+    weight = torch.rand(K * K, 3, w, w, generator=torch.Generator().manual_seed(0))
+
+    def ready(device):
+        layer = KHConv2d(weight, conv.p).to(device)
+        linear = [torch.nn.utils.skip_init(torch.nn.Linear, models.n_features(K * K, SIDE, w, head), CLASSES, device=device) for head in heads]
+        for each in linear:
+            torch.nn.init.uniform_(each.weight, -0.01, 0.01), torch.nn.init.zeros_(each.bias)
+        new = [Head(models.Network(layer, each, head).eval()) for each, head in zip(linear, heads, strict=True)]
+        return lambda: train_heads(new, x, y, torch.float16, 2**35)
+
+    group = sweeps.Group("heads", "cifar10-sample", dict(conv=body["conv"], heads=[head.dict() for head in heads], feature_dtype="float16"))
+    return group, (images, 0), ready
+
+
+def bp(K: int, w: int, images: int, small: bool):
+    x, y = data(images)
+    group = sweeps.Group("bp", "cifar10-sample", dict(models=[dict(K=K, w=w, head=HEAD.dict())]))
+
+    def ready(device):
+        model = models.bp_network(K, w, HEAD, 3, SIDE, CLASSES).to(device).train()
+        return lambda: training.train(model, x, y)
+
+    return group, (images, 0), ready
+
+
+def look(kind: str, K: int, w: int, what: str, times: int, small: bool):
+    images = 2 if small else 1000
+    x, y = data(images)
+    conv, told = ConvSettings(K=K, w=w, p=3.0), dict(head=HEAD.dict())
+    told |= dict(K=K, w=w) if kind == "BP" else dict(conv=conv.dict())
+
+    def ready(device):
         weight = torch.rand(K * K, 3, w, w, generator=torch.Generator().manual_seed(0))
-        heads = [HeadSettings(sigma="relu", n=n, w_pool=9, head_epochs=1, head_batch=1000) for n in (1, 2, 4, 8)]
-        group = sweeps.Group("heads", "cifar10-sample", dict(conv=convs[0].dict(), heads=[head.dict() for head in heads], feature_dtype="float16"))
+        model = models.bp_network(K, w, HEAD, 3, SIDE, CLASSES) if kind == "BP" else models.ll_network(weight, conv.p, HEAD, SIDE, CLASSES)
+        model, here, labels = model.to(device).eval().requires_grad_(False), training.to_float(x.to(device)), y.to(device)
 
-        def classifiers(device, images, labels, weight=weight, heads=heads):
-            new = [Head(models.ll_network(weight, 2.0, head, SIDE, CLASSES).to(device).eval()) for head in heads]
-            return lambda: train_heads(new, images, labels, torch.float16, 2**33)
+        def go():
+            for _ in range(times):
+                attacks.gradient(model, here, labels) if what == "gradient" else torch.no_grad()(model)(here)
 
-        yield f"4 classifiers, K={K} w={w}", few, group, classifiers
+        return go
 
-        head = HeadSettings(sigma="elu", n=4, w_pool=9, head_epochs=1, head_batch=1000)
-        group = sweeps.Group("bp", "cifar10-sample", dict(models=[dict(K=K, w=w, head=head.dict())]))
-
-        def bp(device, images, labels, K=K, w=w, head=head):
-            model = models.bp_network(K, w, head, 3, SIDE, CLASSES).to(device).train()
-            return lambda: training.train(model, images, labels)
-
-        yield f"BP model, K={K} w={w}", few, group, bp
-
-        described = dict(models=[dict(conv=convs[0].dict(), head=head.dict())], attacks=[[]], audited=0)
-        for what, forwards, gradients in (("forward", 1, 0), ("gradient", 0, 1)):
-
-            def look(device, images, labels, weight=weight, head=head, gradients=gradients):
-                model = models.ll_network(weight, 2.0, head, SIDE, CLASSES).to(device).eval().requires_grad_(False)
-                x, y = training.to_float(images.to(device)), labels.to(device)
-                return (lambda: attacks.gradient(model, x, y)) if gradients else torch.no_grad()(lambda: model(x))
-
-            yield f"LL {what}, K={K} w={w}", few, (sweeps.Group("attacks", "cifar10-sample", described), forwards, gradients), look
+    costs_gpu.looks = lambda *given: (times, 0) if what == "forward" else (0, times)
+    return sweeps.Group("attacks", "cifar10-sample", dict(models=[told], attacks=[[]], audited=0)), (0, images), ready
 
 
-def expected(group, images: int) -> float:
-    """Seconds by the estimate."""
-    sweeps.IMAGES["cifar10-sample"] = dict(train=images, test=0)
-    if isinstance(group, tuple):
-        group, *found = group
-        sweeps.IMAGES["cifar10-sample"] = dict(train=0, test=images)
-        costs_gpu.looks = lambda *given: found
-    return costs_gpu.seconds(group)
+def cases(small: bool):
+    """(kind, what, longer run, shorter run), each a function that gives (group, images, ready)."""
+    big, batch = (4, 2) if small else (6000, 2000)
+    for K, w in [(10, 4), (20, 4), (20, 8), (20, 12)][: 1 if small else None]:
+        yield "bp", f"BP model, K={K}, w={w}", lambda K=K, w=w: bp(K, w, big, small), lambda K=K, w=w: bp(K, w, batch, small)
+    for K, w in [(10, 4), (20, 4), (20, 12)][: 1 if small else None]:
+        for kind in ("LL", "BP"):
+            for what in ("forward", "gradient"):
+                yield "attacks", f"{kind} {what}, K={K}, w={w}", *(lambda *_, a=(kind, K, w, what, times): look(*a, small) for times in ((2, 1) if small else (12, 2)))
+    for w in [4, 8, 12][: 1 if small else None]:
+        yield "layers", f"50 layers, K=10 and 20, w={w}", lambda w=w: layers(w, 2 if small else 1000, small), lambda w=w: layers(w, 1 if small else 200, small)
+    for K, w in [(10, 4), (20, 4), (20, 12)][: 1 if small else None]:
+        yield "heads", f"126 classifiers, K={K}, w={w}", lambda K=K, w=w: classifiers(K, w, 3, 2 * batch, small), lambda K=K, w=w: classifiers(K, w, 1, 2 * batch, small)
 
 
-def seconds(work, device) -> float:
+def timed(work, device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -83,24 +129,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try this script")
+    parser.add_argument("--only", default="", help="cases with this in their kind or name")
+    parser.add_argument("--rounds", type=int, default=3, help="0 only compiles")
+    parser.add_argument("--out", type=Path, help="a JSON file for what is found")
     given = parser.parse_args()
-    device, kernels, found = pick_device(given.device), native.gpu, []
+    device, kernels, found, card = pick_device(given.device), native.gpu, [], costs_gpu.Card()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU: no GPU here"
-    print(f"{name}; PyTorch {torch.__version__}\n\n| what | with kernels, ms | plain, ms | plain / kernels | estimate, ms | kernels / estimate |\n| --- | ---: | ---: | ---: | ---: | ---: |")
-    for what, count, group, ready in groups(given.small):
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (count, *SHAPE), generator=generator, dtype=torch.uint8)
-        labels, times = torch.randint(0, CLASSES, (count,), generator=generator), {"kernels": [], "plain": []}
-        for i in range(2 if given.small else 6):
+    print(f"{name}; PyTorch {torch.__version__}\n\n| what | with kernels, ms | plain, ms | plain / kernels | floor, ms | floor / kernels |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+    for kind, what, *sizes in cases(given.small):
+        if given.only not in (kind, what, ""):
+            continue
+        times: dict[str, list] = {"kernels": [], "plain": []}
+        for i in range(given.rounds + 1):
             for way in times:
                 native.gpu = kernels if way == "kernels" else lambda tensor: None
-                taken = seconds(ready(device, images, labels), device)
-                times[way] += [taken] if i else []  # the first compiles
-        native.gpu = kernels
-        mine, plain, told = (1e3 * x for x in (*map(statistics.median, times.values()), expected(group, count)))
-        found.append(mine / told)
-        print(f"| {what} | {mine:.2f} | {plain:.2f} | {plain / mine:.2f} | {told:.2f} | {found[-1]:.2f} |", flush=True)
-    print(f"\nmedian of kernels / estimate: {statistics.median(found):.2f}")
+                more, less = (timed(make()[2](device), device) for make in sizes)
+                times[way] += [more - less] if i else []  # the first compiles
+        if not given.rounds:
+            continue
+        native.gpu, floor = kernels, []
+        for make in sizes:
+            group, (train, test), _ = make()
+            sweeps.IMAGES["cifar10-sample"] = dict(train=train, test=test)
+            floor.append(costs_gpu.of(group, 2**5).floor(card))
+        mine, plain, least = (1e3 * x for x in (*map(statistics.median, times.values()), floor[0] - floor[1]))
+        found.append(dict(kind=kind, what=what, kernels_ms=mine, plain_ms=plain, floor_ms=least))
+        if given.out:
+            versions = {module: __import__(module).__version__ for module in ("torch", "triton")}
+            given.out.write_text(json.dumps(dict(device=name, date=time.strftime("%Y-%m-%d"), versions=versions, rounds=given.rounds, cases=found), indent=1) + "\n")
+        print(f"| {what} | {mine:.2f} | {plain:.2f} | {plain / mine:.2f} | {least:.2f} | {least / mine:.2f} |", flush=True)
+    if not found:
+        return
+    reached = {kind: statistics.median(one["floor_ms"] / one["kernels_ms"] for one in found if one["kind"] == kind) for kind in {one["kind"] for one in found}}
+    print("\nshare of the floor:", ", ".join(f"{kind} {share:.2f}" for kind, share in sorted(reached.items())))
 
 
 if __name__ == "__main__":

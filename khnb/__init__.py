@@ -6,7 +6,6 @@ Data flows one way, and a module imports only from modules above it in this list
 :mod:`khnb.settings`    every hyperparameter: one name, one range, one default
 :mod:`khnb.data`        images, integrity checks, the embedded sample
 :mod:`khnb.patches`     patches and their p-norms
-:mod:`khnb.tiles_gpu`   how kernels_gpu.py cuts up its work
 :mod:`khnb.native`      what is compiled: kernels.c for a CPU, kernels_gpu.py for a GPU
 :mod:`khnb.layer`       the KH layer, forward (eqs. 4.2-4.4, 6.5)
 :mod:`khnb.learning`    the KH learning rule, schedules, f-score (eqs. 4.5-4.7, 6.1-6.4)

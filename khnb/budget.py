@@ -181,8 +181,8 @@ Beside the grids there are lists of models that a chapter looks at closely, most
 
 ## On one GPU
 
-An estimate from shapes for a GPU of the H100 class; **not run on a GPU**. For each group of models, the largest of the times that products on tensor cores, instructions, bytes from memory
-and from the cache, and launches take, at 60% of what such a GPU can do, and 5 µs a launch. `sweeps/README.md` has the arithmetic, and says how these were counted.
+An estimate, from pieces that were measured on an NVIDIA H200 (`benchmarks/gpu-h200.json`); **no whole model of the thesis was trained on a GPU**. For each group of models, the larger of the times that products and bytes of memory take at such a GPU's
+peaks, which is the floor, over the share of it that was reached there: {", ".join(f"{share:.0%} by {name}" for share, name in zip(costs_gpu.REACHED.values(), ("KH layers", "classifiers", "BP models", "attacks"), strict=True))}. `sweeps/README.md` has the arithmetic.
 
 {tables.markdown(gpu, formats=costs_gpu.FORMATS)}
 """

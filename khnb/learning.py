@@ -18,7 +18,7 @@ from khnb.settings import RANKS, ConvSettings, check_geometry
 COLLAPSED = 0.15  # section 8.1.2 and fig. 8.6: a layer with f below this shows the Blue Wall of Death
 ALIVE = 0.9  # share of neurons with a positive weight below which one that forms is recognised
 BLUE_WALL, NOT_FINITE = "blue wall of death", "not finite"
-PATCH_BYTES, DEVICE_PATCH_BYTES = 2**24, 2**28  # of patches gathered at a time, on a CPU and on a GPU
+PATCH_BYTES, DEVICE_PATCH_BYTES = 2**24, 2**30  # of patches gathered at a time, on a CPU and on a GPU
 
 
 def schedule(name: str, eta0: float, t: float, T: float, tau: float = 2.5, gamma: float = 0.5, s_step: int = 10) -> float:

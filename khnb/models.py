@@ -19,7 +19,7 @@ ACTIVATIONS = {
     "prelu": lambda x: F.leaky_relu(x, PRELU_SLOPE),
     "elu": F.elu,
     "gelu": F.gelu,
-    "rexp": lambda x: torch.expm1(x.clamp_min(0)),
+    "rexp": lambda x: torch.expm1(torch.relu(x)),  # its slope at 0 is 0, which that of a clamp is in some versions of PyTorch only
 }
 
 

@@ -245,18 +245,16 @@ class _ConvPool(torch.autograd.Function):
             if of_scale:
                 slope = torch.zeros_like(scale).flatten(1).scatter_add_(1, flat, (grad * out).flatten(1)).view_as(scale) / scale
             grad = grad * scale.flatten(1).gather(1, flat).view_as(grad)
-        shape = len(images), len(weight), images.shape[2] - w + 1, images.shape[3] - w + 1
+        side, grad = (images.shape[2] - w + 1, images.shape[3] - w + 1), grad.contiguous()
         if kernels:
-            dense = kernels.spread(grad.contiguous(), where, shape)
-        else:
-            sides = [[side, side] for side in (*pool, 0, 1)]  # window, stride, padding, dilation
-            # the activities are asked for, and not looked at
-            dense = torch.ops.aten.max_pool2d_with_indices_backward(grad, grad.new_empty(shape), *sides, False, where)
-        found, dweight = None, None
-        if of_images:
-            found = conv2d_input(images.shape, weight, dense)
-        if of_weight:
-            dweight = kernels.filters_gradient(images, dense, w) if kernels else conv2d_weight(images, weight.shape, dense)
+            found = kernels.images_gradient(weight, kernels.spread(grad, where, side, pool, False), images.shape) if of_images else None
+            dweight = kernels.filters_gradient(images, kernels.spread(grad, where, side, pool, True), w, grad) if of_weight else None
+            return found, dweight, dbias, slope
+        sides = [[each, each] for each in (*pool, 0, 1)]  # window, stride, padding, dilation
+        # the activities are asked for, and not looked at
+        dense = torch.ops.aten.max_pool2d_with_indices_backward(grad, grad.new_empty(len(images), len(weight), *side), *sides, False, where)
+        found = conv2d_input(images.shape, weight, dense) if of_images else None
+        dweight = conv2d_weight(images, weight.shape, dense) if of_weight else None
         return found, dweight, dbias, slope
 
     @staticmethod

@@ -67,19 +67,18 @@ def train(model: Network, images: Tensor, labels: Tensor, state: dict | None = N
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         history = list(state["history"])
-    labels, size = labels.to(device), part_size(model, images)
+    images, labels, size = images.to(device), labels.to(device), part_size(model, images)
     for epoch in range(len(history), head.head_epochs):
         started = time.perf_counter()
         eta = schedule(head.head_scheduler, head.head_eta0, epoch, head.head_epochs, head.tau, head.gamma, head.s_step)
         for group in optimizer.param_groups:
             group["lr"] = eta
-        order = epoch_order(len(images), head.head_order, epoch)
+        order = epoch_order(len(images), head.head_order, epoch).to(device)
         total, right = torch.zeros(2, device=device)
         for index in order.split(head.head_batch):
             optimizer.zero_grad()
             for part in index.split(size):  # the gradient of a minibatch, summed over parts that fit the cache
-                x = images.index_select(0, part.to(images.device)).to(device)
-                y = labels[part.to(device)]
+                x, y = images.index_select(0, part), labels[part]
                 logits = model(to_float(x))
                 loss = F.cross_entropy(logits, y, reduction="sum")
                 (loss / len(index)).backward()

@@ -1,9 +1,9 @@
 """From a grid, which is data, to groups that share computation, and what becomes of them."""
 
 import csv
-import csv
 import json
 import re
+import statistics
 import threading
 import time
 from collections import Counter
@@ -307,14 +307,19 @@ class TestCosts:
         told = sweeps.plan(found, {group.id: 3600.0 for group in found}, 2, found[1:])
         assert "layers" in told and "1 of 3 groups are done." in told and "The 2 left take about 2.0 h on 2 workers." in told
 
-    def test_on_a_gpu_the_slowest_of_five_counts(self):
-        (group,) = sweeps.groups("E02")
-        use, card = costs_gpu.of(group), costs_gpu.Card(tensor=1e30, issued=1e30, bandwidth=1e30, cache=1e30, launch=1.0)
-        assert costs_gpu.seconds(group, card) == use.launches
-        assert costs_gpu.seconds(group, replace(card, tensor=1.0, reached=0.5)) == 2 * use.tensor >= costs.of(group).flop
-        assert costs_gpu.seconds(group, replace(card, issued=1e-3, reached=0.5)) == 2e3 * use.issued
-        assert costs_gpu.seconds(group, replace(card, bandwidth=1e-3, reached=0.5)) == 2e3 * use.moved
-        assert costs_gpu.seconds(group, replace(card, cache=1e-3, reached=0.5)) == 2e3 * use.cached
+    def test_on_a_gpu_the_slowest_of_products_bytes_and_launches_counts(self):
+        group, card, share = sweeps.groups("E18", "smoke")[0], costs_gpu.Card(half=1e30, tensor=1e30, single=1e30, bandwidth=1e30, launch=1.0), costs_gpu.REACHED["bp"]
+        use = costs_gpu.of(group)
+        assert group.kind == "bp" and costs_gpu.seconds(group, card) == use.launches
+        assert costs_gpu.seconds(group, replace(card, half=1.0, single=2.0)) == (use.half + use.single / 2) / share
+        assert costs_gpu.seconds(group, replace(card, bandwidth=1e-3)) == pytest.approx(1e3 * use.moved / share)
+        (layers,) = sweeps.groups("E02")
+        assert 2 * costs_gpu.of(layers).tensor >= costs.of(layers).flop, "each product is two operations; activities and updates, all of them"
+
+    def test_shares_that_a_gpu_reached_are_those_that_were_measured(self):
+        cases = json.loads((Path(__file__).parent.parent / "benchmarks" / "gpu-h200.json").read_text())["cases"]
+        shares = {kind: [case["floor_ms"] / case["kernels_ms"] for case in cases if case["kind"] == kind] for kind in costs_gpu.REACHED}
+        assert {kind: round(statistics.median(each), 2) for kind, each in shares.items()} == costs_gpu.REACHED
 
 
 class Cuda:
@@ -328,7 +333,7 @@ class Cuda:
 
 
 class TestGpu:
-    """With fake devices: not run on a GPU."""
+    """With fake devices: several GPUs at once have not been tried."""
 
     def test_two_jobs_never_share_one(self, monkeypatch, tmp_path):
         Cuda(monkeypatch)
