@@ -239,7 +239,7 @@ def learn(weight: Tensor, wins: Tensor, rows: Tensor, scales: Tensor, which: Ten
     winner, inhibited = (torch.empty(layers, N, dtype=torch.int32, device=device) for _ in range(2))
     activities = [torch.empty(layers, N, device=device) for _ in range(2)]
     blocks = triton.cdiv(F, min(64, together)), triton.cdiv(D, 64)
-    parts = max(1, min(8, N // 64, 4 * _multiprocessors(device) // (blocks[0] * blocks[1] * layers)))  # enough for all of a GPU
+    parts = max(1, min(8, N // 64, 16 // (blocks[0] * blocks[1])))  # not by how many layers there are: each learns as it would alone
     each = triton.cdiv(triton.cdiv(N, parts), 32) * 32
     change, synapses, size = weight.new_empty(parts, *weight.shape), torch.empty_like(weight), weight.new_ones(layers, F)
     most = weight.new_zeros(layers)

@@ -65,10 +65,8 @@ class TestRule:
         assert norms[:, 1, 3].eq(0).all()
 
     @pytest.mark.parametrize(("neurons", "values", "count"), [(4, 27, 5), (100, 48, 150), (130, 75, 33)])
-    @pytest.mark.parametrize("multiprocessors", [1, 100])
     @pytest.mark.parametrize(("by_q", "by_max", "orders"), [(False, True, [2.0, 5.0]), (False, False, [2.0, 3.0, 4.5]), (True, True, [2.0, 3.0, 4.5]), (True, False, [2.0, 5.0])])
-    def test_updates_and_wins(self, neurons, values, count, by_q, by_max, orders, multiprocessors, gpu, monkeypatch):
-        monkeypatch.setattr(gpu, "_multiprocessors", lambda device: multiprocessors)
+    def test_updates_and_wins(self, neurons, values, count, by_q, by_max, orders, gpu):
         generator = torch.Generator().manual_seed(0)
         which, m = [0, 1, len(orders) - 1], [2, 3, min(8, neurons)]
         p, delta, eta = torch.tensor([orders[i] for i in which]), torch.tensor([0.1, 0.4, 0.0]), torch.tensor([0.02, 0.01, 0.5])
@@ -88,6 +86,14 @@ class TestRule:
         assert torch.equal(wins.cpu(), won)
         moved = (expected - weight.double()).abs().amax((1, 2), keepdim=True)
         assert ((found.cpu().double() - expected).abs() < 2e-5 * moved + 3e-7 * expected.abs()).all()
+
+    @pytest.mark.parametrize("count", [0, 1, 33, 60])
+    def test_each_update_is_made_once_and_in_order(self, count, gpu):
+        """On a GPU with a graph of several, again and again."""
+        given, found = torch.rand(2, count, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64, device=DEVICE)
+        gpu._repeat(lambda a, b: found.mul_(0.9).addcmul_(a, b), *given.to(DEVICE))
+        expected = sum((0.9 ** (count - 1 - i) * a * b for i, (a, b) in enumerate(zip(*given, strict=True))), torch.zeros(3))
+        torch.testing.assert_close(found.cpu(), expected.double())
 
     def test_layers_in_lockstep_are_those_of_plain_pytorch(self, served, sample, monkeypatch):
         monkeypatch.setattr(native, "learns", lambda *given: False)
