@@ -396,7 +396,8 @@ class TestCosts:
 
     @pytest.mark.parametrize("orders", [[2.0], [2.0, 3.0, 4.0]])
     def test_layers(self, orders, sample, count, monkeypatch):
-        convs, found, told = [ConvSettings(K=10, w=4, m=m, p=p, conv_epochs=1, conv_batch=400) for m in (2, 3) for p in orders], [], []
+        """Of minibatches too small to be summed in parts; such parts stay in the cache."""
+        convs, found, told = [ConvSettings(K=10, w=4, m=m, p=p, conv_epochs=1, conv_batch=120) for m in (2, 3) for p in orders], [], []
         for images in (2, 1):
             self.images(monkeypatch, images)
             found.append(count(lambda images=images: learning.train_layers(sample.train_images[:images], convs)))
