@@ -233,7 +233,7 @@ def learn(weight: Tensor, wins: Tensor, rows: Tensor, scales: Tensor, which: Ten
     weight : (G, F, D), with F at most :data:`NEURONS`; wins : (G, F) int64; rows and scales as :func:`gather` gives them; which : (G,) int32, of which
     order each layer's scales are; p, delta, eta : (G,); m : (G,) int32; by_q, by_max : as in :class:`khnb.settings.ConvSettings`; whole : whether each p is.
     """
-    (layers, F, D), (updates, N, _) = weight.shape, rows.shape
+    (layers, F, D), (_, N, _) = weight.shape, rows.shape
     device, together = weight.device, max(16, triton.next_power_of_2(F))
     rank = RANK[256 if together <= 256 else 512]
     winner, inhibited = (torch.empty(layers, N, dtype=torch.int32, device=device) for _ in range(2))
