@@ -2,7 +2,7 @@
 
 For KH layers, classifiers, BP models and attacks, at shapes of the thesis: seconds with the kernels of ``khnb/kernels_gpu.py`` and without (plain PyTorch),
 in interleaved rounds, their ratio, and the share of the floor that the first reach. What is made once (first filters, features) is left out, as the difference
-of a longer and a shorter run. About a minute, and as long again to compile. On random images, as only times matter. ``--small`` is to try the script itself.
+of a longer and a shorter run. A few minutes. On random images, as only times matter. ``--small`` is to try the script itself.
 ``benchmarks/gpu-h200.json`` is what came out on an NVIDIA H200; ``costs_gpu.REACHED`` has its medians.
 """
 

@@ -10,6 +10,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+
 from khnb import data as datasets
 from khnb import sweeps
 from khnb.costs import convolved, features, looks, patches, shape, side
@@ -62,7 +64,7 @@ def of(group, memory: float = MEMORY) -> Use:
         use.moved += ((4 + 8 * stacks) * channels * convs[0].w ** 2 + 8 * orders * stacks) * count  # gathered, and read by the layers of each K
         use.launches = 0.3 * stacks * max(patches(group, conv) / conv.conv_batch for conv in convs)
     elif group.kind == "heads":
-        conv, heads, kept = ConvSettings(**body["conv"]), [HeadSettings(**head) for head in body["heads"]], 2 if body["feature_dtype"] in ("float16", "bfloat16") else 4
+        conv, heads, kept = ConvSettings(**body["conv"]), [HeadSettings(**head) for head in body["heads"]], getattr(torch, body["feature_dtype"]).itemsize
         count, epochs = convolved(group, memory), max(head.head_epochs for head in heads)
         pools = {(head.w_pool, head.s_pool): head for head in heads}.values()
         _conv_pool(use, conv.K, conv.w, list(pools), count)

@@ -25,6 +25,7 @@ RANK = {256: dict(BN=64, BD=16, num_warps=4, num_stages=2), 512: dict(BN=32, BD=
 CONVOLVE = {True: dict(BN=128, BF=64, BD=64, num_warps=4, num_stages=2), False: dict(BN=256, BF=64, BD=16, num_warps=4)}  # by whether 64 weights are enough
 POOL, FILTERS = dict(BO=16, BF=32, num_warps=4), dict(BF=64, BD=64, BN=64)
 INF, SLOPE = tl.constexpr(float("inf")), tl.constexpr(PRELU_SLOPE)
+TOP = tl.constexpr(14)  # numbers in half precision are brought below 2 to the power of this, or to one below it
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def _terms(x):
 
 @triton.jit
 def _product(a, a_rest, b, b_rest, total):
-    """total + a times b, each in its terms, as three products of TF32."""
+    """total + a times b, each in its terms or halves, as three products of TF32 or half precision, added up in single."""
     total = tl.dot(a_rest, b, total, input_precision="tf32")
     total = tl.dot(a, b_rest, total, input_precision="tf32")
     return tl.dot(a, b, total, input_precision="tf32")
@@ -81,6 +82,14 @@ def _product(a, a_rest, b, b_rest, total):
 def _away(d, H, W, w):
     """How far the d-th value of a patch is from its corner, in an image."""
     return d // (w * w) * H * W + d // w % w * W + d % w
+
+
+@triton.jit
+def _corner(n, C, H, W, w):
+    """Where the corner of the n-th patch is, counted image by image and row by row."""
+    across = W - w + 1
+    place = n % ((H - w + 1) * across)
+    return n // ((H - w + 1) * across) * C * H * W + place // across * W + place % across
 
 
 @triton.jit
@@ -103,10 +112,8 @@ def _in_terms(x: Tensor) -> Tensor:
 def _gather(images, ids, orders, rows, scales, N, C, H, W, w, BYTES: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
     """BN patches by number, and 1 / p-norm of each for one of the orders p; the first of them also writes the patches down."""
     n, k = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.program_id(1)
-    across, D, p, total = W - w + 1, C * w * w, tl.load(orders + k), tl.zeros((BN,), tl.float32)
-    id = tl.load(ids + n, mask=n < N, other=0)
-    place = id % ((H - w + 1) * across)
-    corner = id // ((H - w + 1) * across) * C * H * W + place // across * W + place % across
+    D, p, total = C * w * w, tl.load(orders + k), tl.zeros((BN,), tl.float32)
+    corner = _corner(tl.load(ids + n, mask=n < N, other=0), C, H, W, w)
     for first in range(0, D, BD):
         d = first + tl.arange(0, BD)
         away, there = _away(d, H, W, w), (n[:, None] < N) & (d[None, :] < D)
@@ -296,10 +303,10 @@ def _size(x, out, count, BN: tl.constexpr):
 
 
 @triton.jit
-def _scaling(size, TOP: tl.constexpr):
-    """The power of two that brings the largest size just below 2^TOP: 1 where it is 0, or no number, or too small or large to be brought there."""
+def _scaling(size, TO: tl.constexpr):
+    """The power of two that brings the largest size just below 2^TO: 1 where it is 0, or no number, or too small or large to be brought there."""
     exponent = tl.load(size) >> 23
-    return tl.where((exponent > 15) & (exponent < 250), (253 + TOP - exponent) << 23, 127 << 23).to(tl.float32, bitcast=True)
+    return tl.where((exponent > 15) & (exponent < 250), (253 + TO - exponent) << 23, 127 << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -310,7 +317,7 @@ def _halves(x):
 
 
 @triton.jit
-def _pack(x, size, out, rest, count, TOP: tl.constexpr, PACKED: tl.constexpr, BN: tl.constexpr):
+def _pack(x, size, out, rest, count, PACKED: tl.constexpr, BN: tl.constexpr):
     """The halves of numbers, scaled: side by side in 32 bits, or all of the first and all of the second."""
     at = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     high, low = _halves(tl.load(x + at, mask=at < count, other=0.0) * _scaling(size, TOP))
@@ -327,14 +334,6 @@ def _unpack(bits):
     return bits.to(tl.int16).to(tl.float16, bitcast=True), (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
 
 
-@triton.jit
-def _times(high, low, other, other_low, total):
-    """total + the product of two matrices, each in its halves: three products in half precision, added up in single."""
-    total = tl.dot(low, other, total)
-    total = tl.dot(high, other_low, total)
-    return tl.dot(high, other, total)
-
-
 def _size_of(x: Tensor) -> Tensor:
     found = torch.zeros(1, dtype=torch.int32, device=x.device)
     _size[triton.cdiv(x.numel(), 4096),](x, found, x.numel(), BN=4096)
@@ -344,7 +343,7 @@ def _size_of(x: Tensor) -> Tensor:
 def _packed(x: Tensor) -> tuple[Tensor, Tensor]:
     """int32, of the shape of x, for :func:`_unpack`, and the largest size."""
     out, size = torch.empty(x.shape, dtype=torch.int32, device=x.device), _size_of(x)
-    _pack[triton.cdiv(x.numel(), 1024),](x, size, out, out, x.numel(), TOP=14, PACKED=True, BN=1024)
+    _pack[triton.cdiv(x.numel(), 1024),](x, size, out, out, x.numel(), PACKED=True, BN=1024)
     return out, size
 
 
@@ -355,21 +354,18 @@ def _convolve(
     BN: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):
     """Activities of BF filters at BN places, counted over all images: a product of matrices, of which one is gathered from the images."""
-    across: tl.constexpr = W - w + 1
-    places: tl.constexpr = (H - w + 1) * across
     D: tl.constexpr = C * w * w
     n, f, activity = tl.program_id(1) * BN + tl.arange(0, BN), tl.program_id(0) * BF + tl.arange(0, BF), tl.zeros((BN, BF), tl.float32)
     here = tl.minimum(n, total - 1)
-    place = here % places
-    corner = here // places * (C * H * W) + place // across * W + place % across
+    corner = _corner(here, C, H, W, w)
     for first in range(0, DEEP, BD):
         d = first + tl.arange(0, BD)
         away = tl.where(d < D, _away(d, H, W, w), 0)  # a pixel of the patch also where the weight is 0
         x, x_low = _unpack(tl.load(images + away[:, None] + corner[None, :]))  # neighbours in a row of an image lie side by side
         at = f[None, :] * DEEP + d[:, None]
-        activity = _times(tl.trans(x), tl.trans(x_low), tl.load(high + at), tl.load(low + at), activity)
-    activity *= 1 / _scaling(of_images, 14)
-    activity *= 1 / _scaling(of_weight, 14)
+        activity = _product(tl.trans(x), tl.trans(x_low), tl.load(high + at), tl.load(low + at), activity)
+    activity *= 1 / _scaling(of_images, TOP)
+    activity *= 1 / _scaling(of_weight, TOP)
     if BIASED:
         activity += tl.load(bias + f, mask=f < filters, other=0.0)[None, :]
     if SCALED:
@@ -413,7 +409,7 @@ def conv_pool(images: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor
     deep, padded, wide = (triton.cdiv(size, block) * block for size, block in ((D, how["BD"]), (filters, how["BF"]), (filters, 32)))
     flat = torch.nn.functional.pad(weight.flatten(1), (0, deep - D, 0, padded - filters))
     (x, of_images), of_weight, halves = _packed(images), _size_of(flat), torch.empty(2, padded, deep, dtype=torch.float16, device=device)
-    _pack[triton.cdiv(flat.numel(), 1024),](flat, of_weight, *halves, flat.numel(), TOP=14, PACKED=False, BN=1024)
+    _pack[triton.cdiv(flat.numel(), 1024),](flat, of_weight, *halves, flat.numel(), PACKED=False, BN=1024)
     shapes = [(count, filters, (side - q) // step + 1, (across - q) // step + 1) for q, step in pools]
     found, where = [torch.empty(shape, device=device) for shape in shapes], torch.empty(shapes[0], dtype=torch.int64, device=device) if places else None
     part = min(count, max(1, ACTIVITIES // (side * across * wide)))
@@ -482,40 +478,39 @@ def spread(slope: Tensor, where: Tensor, side: tuple[int, int], pool: tuple[int,
 @triton.jit
 def _filters(
     images, of_images, slope, of_slope, partial, total, filters, each, WIDE: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, w: tl.constexpr,
-    BF: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    TO: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):
     """Of BF filters and BD weights of each: the products of the slopes of activities with the patches they are of, over ``each`` of all the places."""
-    across: tl.constexpr = W - w + 1
-    places: tl.constexpr = (H - w + 1) * across
     D: tl.constexpr = C * w * w
     f, d, part = tl.program_id(0) * BF + tl.arange(0, BF), tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2)
-    away, found, scaling = tl.where(d < D, _away(d, H, W, w), 0), tl.zeros((BF, BD), tl.float32), _scaling(of_slope, 8)
+    away, found, scaling = tl.where(d < D, _away(d, H, W, w), 0), tl.zeros((BF, BD), tl.float32), _scaling(of_slope, TO)
     for start in range(part * each, tl.minimum(total, (part + 1) * each), BN):
         n = start + tl.arange(0, BN)
         here = tl.minimum(n, total - 1)
-        place = here % places
-        corner = here // places * (C * H * W) + place // across * W + place % across
+        corner = _corner(here, C, H, W, w)
         g = tl.load(slope + here[:, None] * WIDE + f[None, :], mask=(n[:, None] < total) & (f[None, :] < WIDE), other=0.0)
         g, g_low = _halves(g * scaling)
         x, x_low = _unpack(tl.load(images + away[:, None] + corner[None, :]))
-        found = _times(tl.trans(g), tl.trans(g_low), tl.trans(x), tl.trans(x_low), found)
-    found *= 1 / _scaling(of_images, 14)
+        found = _product(tl.trans(g), tl.trans(g_low), tl.trans(x), tl.trans(x_low), found)
+    found *= 1 / _scaling(of_images, TOP)
     found *= 1 / scaling
     tl.store(partial + (part * filters + f)[:, None] * D + d[None, :], found, mask=(f[:, None] < filters) & (d[None, :] < D))
 
 
-def filters_gradient(images: Tensor, slope: Tensor, w: int, grad: Tensor) -> Tensor:
+def filters_gradient(images: Tensor, slope: Tensor, w: int, grad: Tensor, pool: tuple[int, int]) -> Tensor:
     """The gradient (F, C, w, w) of the filters of a convolution of the images (B, C, H, W), from that of its activities, by place as :func:`spread`
-    gives it, and that of the pooled ones, ``grad`` (B, F, P, P), which says how large numbers are.
+    gives it, and that of the pooled ones, ``grad`` (B, F, P, P), which says how large numbers are: as many of those come together at a place as there are
+    windows over it.
     """
     (count, C, H, W), filters, total = images.shape, grad.shape[1], slope.shape[0] * slope.shape[1]
     if count > (most := max(1, LARGEST // slope[0].numel())):
-        return torch.stack([filters_gradient(*some, w, of) for *some, of in zip(*(each.split(most) for each in (images, slope, grad)), strict=True)]).sum(0)
+        return torch.stack([filters_gradient(*some, w, of, pool) for *some, of in zip(*(each.split(most) for each in (images, slope, grad)), strict=True)]).sum(0)
     (x, of_images), blocks = _packed(images), (triton.cdiv(filters, FILTERS["BF"]), triton.cdiv(C * w * w, FILTERS["BD"]))
     parts = max(1, min(count, 4 * _multiprocessors(images.device) // (blocks[0] * blocks[1])))
     each = triton.cdiv(triton.cdiv(total, parts), FILTERS["BN"]) * FILTERS["BN"]
+    to = TOP.value - (triton.cdiv(*pool) ** 2 - 1).bit_length()
     partial = torch.empty(triton.cdiv(total, each), filters, C, w, w, device=images.device)
-    _filters[(*blocks, len(partial))](x, of_images, slope, _size_of(grad), partial, total, filters, each, WIDE=slope.shape[2], C=C, H=H, W=W, w=w, **FILTERS)
+    _filters[(*blocks, len(partial))](x, of_images, slope, _size_of(grad), partial, total, filters, each, WIDE=slope.shape[2], C=C, H=H, W=W, w=w, TO=to, **FILTERS)
     return partial.sum(0)
 
 

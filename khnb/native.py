@@ -248,7 +248,7 @@ class _ConvPool(torch.autograd.Function):
         side, grad = (images.shape[2] - w + 1, images.shape[3] - w + 1), grad.contiguous()
         if kernels:
             found = kernels.images_gradient(weight, kernels.spread(grad, where, side, pool, False), images.shape) if of_images else None
-            dweight = kernels.filters_gradient(images, kernels.spread(grad, where, side, pool, True), w, grad) if of_weight else None
+            dweight = kernels.filters_gradient(images, kernels.spread(grad, where, side, pool, True), w, grad, pool) if of_weight else None
             return found, dweight, dbias, slope
         sides = [[each, each] for each in (*pool, 0, 1)]  # window, stride, padding, dilation
         # the activities are asked for, and not looked at

@@ -169,9 +169,16 @@ class TestConvolution:
         images, slope = torch.rand(count, channels, side, side, generator=generator), size * (torch.rand(count, filters, places, places, generator=generator) - 0.5)
         by_place = F.pad(slope.flatten(2).transpose(1, 2), (0, -filters % 32)).contiguous()
         monkeypatch.setattr(gpu, "LARGEST", 2 * by_place[0].numel() if count == 3 else gpu.LARGEST)  # two images and one
-        found = gpu.filters_gradient(images.to(DEVICE), by_place.to(DEVICE), w, slope.to(DEVICE)).cpu().double()
+        found = gpu.filters_gradient(images.to(DEVICE), by_place.to(DEVICE), w, slope.to(DEVICE), (1, 1)).cpu().double()
         expected = torch.nn.grad.conv2d_weight(images.double(), (filters, channels, w, w), slope.double())
         torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
+
+    def test_slopes_of_many_windows_come_together(self, gpu):
+        """At the place in the middle of all of them: more than half precision could hold, were the sum not allowed for."""
+        images, slope = torch.rand(1, 1, 36, 36, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 34 * 34, 32)
+        slope[0, 16 * 34 + 16, 0] = 1.9 * 18 * 18
+        found = gpu.filters_gradient(images.to(DEVICE), slope.to(DEVICE), 3, torch.full((1, 1, 18, 18), 1.9, device=DEVICE), (17, 1)).cpu()
+        torch.testing.assert_close(found, 1.9 * 18 * 18 * images[:, :, 16:19, 16:19], rtol=1e-6, atol=0)
 
     @pytest.mark.parametrize(("w", "filters"), [(4, 130), (6, 130), (4, 3)])
     def test_gradients_of_images(self, w, filters, gpu):
@@ -497,8 +504,8 @@ def test_they_compile_for_a_gpu_that_is_not_here():
         made(k._total, numbers="layers size", PARTS=8, BN=1024)
         made(k._step, numbers="N F D", MOVES=True, BY_MAX=True, BY_Q=True, WHOLE=True, BF=4, BD=64)
         made(k._size, whole="out", numbers="count", BN=4096)
-        made(k._pack, whole="size out rest", numbers="count", TOP=14, PACKED=True, BN=1024)
-        made(k._pack, whole="size", half="out rest", numbers="count", TOP=14, PACKED=False, BN=1024)
+        made(k._pack, whole="size out rest", numbers="count", PACKED=True, BN=1024)
+        made(k._pack, whole="size", half="out rest", numbers="count", PACKED=False, BN=1024)
         image = dict(C=3, H=32, W=32)
         for w, deep, kind in ((4, 64, dict(BIASED=True, SCALED=False)), (8, 192, dict(BIASED=False, SCALED=True)), (12, 432, dict(BIASED=True, SCALED=False))):
             made(
@@ -506,7 +513,7 @@ def test_they_compile_for_a_gpu_that_is_not_here():
                 **image, **kind, **k.CONVOLVE[3 * w * w <= 64],
             )
             made(k._pool, long="where", numbers="blocks filters", WIDE=416, side=33 - w, across=33 - w, q=9, step=2, PLACES=w == 4, **k.POOL)
-            made(k._filters, "f16", whole="images of_images of_slope", numbers="total filters each", WIDE=416, w=w, **image, **k.FILTERS)
+            made(k._filters, "f16", whole="images of_images of_slope", numbers="total filters each", WIDE=416, w=w, TO=9, **image, **k.FILTERS)
         numbers = "blocks filters maps programs items place_apart filter_apart"
         made(k._spread, long="where", numbers=numbers, PLACES=841, HIGH=11, WIDE=11, APART=5, BM=32, BO=16, BN=32, num_warps=8)
         for powers, wide in (((4, 6, 8, 10, 12, 2, 16), 16), ((4, 6, 8, 10), 32), ((4, 12), 64)):
